@@ -1,0 +1,43 @@
+"""A user's mistake is one sentence and an exit code, never a traceback.
+
+    2  usage or config      3  bad data or weights      4  checkpoint trouble
+
+A sentence names the thing, what was found, what was expected and what to do. Whatever is not an `Error`
+is our bug and keeps its traceback. 75 (preempted, run the same command again) is the programs' own.
+"""
+
+import sys
+
+
+class Error(Exception):
+    """What the user can mend; `code` is the process's exit code."""
+
+    code = 2
+
+
+class UsageError(Error):
+    """A flag, a config key or a setting that cannot be."""
+
+
+class DataError(Error):
+    """Text, shards, tokenizers or weights that are not what they should be."""
+
+    code = 3
+
+
+class CheckpointError(Error):
+    """A run folder or a checkpoint that cannot be used."""
+
+    code = 4
+
+
+def run(main, argv=None) -> int:
+    """Call a program's main(argv) as a process would: its exit code, its mistakes as one line on stderr."""
+    try:
+        return main(argv) or 0
+    except Error as e:
+        print(f"smoljax: {e}", file=sys.stderr)
+        return e.code
+    except BrokenPipeError:  # `smoljax ... | head` is no mistake
+        sys.stderr.close()
+        return 0
