@@ -31,6 +31,12 @@ class CheckpointError(Error):
     code = 4
 
 
+def require(ok: bool, sentence: str):
+    """A setting that cannot be is a UsageError with this sentence."""
+    if not ok:
+        raise UsageError(sentence)
+
+
 def run(main, argv=None) -> int:
     """Call a program's main(argv) as a process would: its exit code, its mistakes as one line on stderr."""
     try:

@@ -1,0 +1,44 @@
+"""`smoljax VERB ...`: each verb is a program in train/ or infer/, imported only when it is asked for."""
+
+import importlib
+import sys
+
+from smoljax.errors import UsageError, run
+from smoljax.settings import meant
+
+VERBS = {
+    "prepare": ("train", "text -> token shards, with the model's tokenizer or a new one"),
+    "pretrain": ("train", "train a model from a config; the same command resumes"),
+    "evaluate": ("train", "loss, perplexity, bits per byte, loss by position"),
+    "demo": ("train", "all of it in five minutes, on the text of Python's own library"),
+    "generate": ("infer", "continue prompts"),
+    "convert": ("infer", "weights to and from Hugging Face"),
+}
+
+HELP = "usage: smoljax VERB ...    (smoljax VERB --help says more)\n\n" + "\n".join(
+    f"  {verb:10s} {what}" for verb, (_, what) in VERBS.items()
+)
+
+
+def dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"smoljax {version('smoljax')}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise UsageError(f"no verb {verb!r}{meant(verb, VERBS)}; `smoljax --help` lists them")
+    program = importlib.import_module(f"smoljax.{VERBS[verb][0]}.{verb}")
+    return program.main(rest)
+
+
+def main() -> int:
+    return run(dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""SmolLM: a pre-norm Llama decoder with grouped-query attention, rotary positions, SwiGLU and tied embeddings.
+
+The alphabet. Each letter names one axis everywhere: in shapes, einsums, sharding.py's tables and hf.py's patterns.
+
+    B batch   T query position   S key position   D hidden   F mlp hidden   V vocabulary   L layers
+    N query heads   K key/value heads   G query heads per key/value head (N = K*G)   H head size
+
+Eleven arrays make the model; the layers' nine are stacked along L and scanned, so compile time does not grow with
+depth. Modules are plain pytrees: jax.jit, jax.grad, optax and Orbax take them as they are. Next: loss.py, step.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from smoljax import rope
+from smoljax.attention import attend
+from smoljax.config import Compute, Model
+from smoljax.sharding import constrain
+
+
+def weight(dims: str, sizes: dict, rngs: nnx.Rngs, std: float) -> nnx.Param:
+    """A normal f32 weight that carries its axes' letters wherever tree maps take it."""
+    shape = tuple(sizes[letter] for letter in dims)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), dims=dims)
+
+
+def ones(dims: str, sizes: dict) -> nnx.Param:
+    return nnx.Param(jnp.ones(tuple(sizes[letter] for letter in dims), jnp.float32), dims=dims)
+
+
+def rms_norm(x, scale, eps: float):  # BTD D -> BTD
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: Model, std: float, rngs: nnx.Rngs):
+        c = config
+        self.eps = c.rms_norm_eps
+        sizes = dict(D=c.hidden_size, F=c.intermediate_size, H=c.head_dim)
+        sizes |= dict(N=c.num_attention_heads, K=c.num_key_value_heads)
+        out = std * (2 * c.num_hidden_layers) ** -0.5  # what adds to the residual stream starts smaller (GPT-2)
+        self.attn_norm = ones("D", sizes)
+        self.q = weight("DNH", sizes, rngs, std)
+        self.k = weight("DKH", sizes, rngs, std)
+        self.v = weight("DKH", sizes, rngs, std)
+        self.o = weight("NHD", sizes, rngs, out)
+        self.mlp_norm = ones("D", sizes)
+        self.gate = weight("DF", sizes, rngs, std)
+        self.up = weight("DF", sizes, rngs, std)
+        self.down = weight("FD", sizes, rngs, out)
+
+    def __call__(self, x, angles, segments, positions, cache):  # BTD -> BTD
+        y = rms_norm(x, self.attn_norm, self.eps)
+        q = rope.rotate(jnp.einsum("BTD,DNH->BTNH", y, self.q), angles)
+        k = rope.rotate(jnp.einsum("BTD,DKH->BTKH", y, self.k), angles)
+        v = jnp.einsum("BTD,DKH->BTKH", y, self.v)
+        if cache is not None:
+            cache = cache.write(k, v, positions)
+            k, v = cache.k, cache.v
+        y = attend(q, k, v, segments, positions if cache is not None else None)
+        x = constrain(x + jnp.einsum("BTNH,NHD->BTD", y, self.o), "BTD")
+
+        y = rms_norm(x, self.mlp_norm, self.eps)
+        y = jax.nn.silu(jnp.einsum("BTD,DF->BTF", y, self.gate)) * jnp.einsum("BTD,DF->BTF", y, self.up)
+        return constrain(x + jnp.einsum("BTF,FD->BTD", y, self.down), "BTD"), cache
+
+
+class SmolLM(nnx.Module):
+    """`model(tokens)` gives f32 logits BTV from int tokens BT. A token id outside the vocabulary gives NaN."""
+
+    def __init__(self, config: Model, rngs: nnx.Rngs, init_std: float = 0.02):
+        self.config = config
+        sizes = dict(V=config.vocab_size, D=config.hidden_size)
+        self.embed = weight("VD", sizes, rngs, init_std)
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layers = jax.vmap(lambda key: Block(config, init_std, nnx.Rngs(params=key)))(keys)
+        self.norm = ones("D", sizes)
+
+    def __call__(self, tokens, segments=None, compute: Compute = Compute()):  # BT -> BTV
+        return self.logits(self.trunk(tokens, segments, compute=compute)[0])
+
+    def trunk(self, tokens, segments=None, positions=None, cache=None, compute: Compute = Compute()):  # BT -> BTD
+        """All but the head: the last norm's output, and the cache with these tokens written into it.
+
+        Args:
+          segments: BT document numbers 1, 2, ... within each row: a document sees itself alone, and its positions
+            start at 0. None: plain causal attention over the row, SmolLM's own recipe.
+          positions, cache: BT places of the tokens in the cache (decode.Cache), where they are written and read.
+        """
+        c, dtype = self.config, jnp.dtype(compute.dtype)
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+            if segments is not None:
+                positions -= document_starts(segments)
+        angles = rope.angles(positions, c.head_dim, c.rope_theta)
+        # The embedding is read in its own precision: the gradient's scatter-add over a batch must not round to bf16.
+        embed = constrain(self.embed[...], "VD")
+        x = embed.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        x = constrain(x.astype(dtype), "BTD")
+
+        def layer(x, block_and_cache):
+            block, cache = block_and_cache
+            return block(x, angles, segments, positions, cache)
+
+        if compute.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        layers = jax.tree.map(lambda w: w.astype(dtype), self.layers)
+        x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=min(compute.unroll, c.num_hidden_layers))
+        return rms_norm(x, self.norm, c.rms_norm_eps), cache
+
+    def logits(self, x):  # BTD -> BTV
+        """The tied head, in x's dtype with f32 sums."""
+        embed = constrain(self.embed.astype(x.dtype), "VD")
+        return constrain(jnp.einsum("BTD,VD->BTV", x, embed, preferred_element_type=jnp.float32), "BTV")
+
+
+def document_starts(segments):  # BT -> BT, the place in its row where each token's document begins
+    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return jax.lax.cummax(jnp.where(begins, jnp.arange(segments.shape[1]), 0), axis=1)

@@ -1,0 +1,127 @@
+"""From a name and `a.b=c` settings to a checked config, and to JSON and back.
+
+`load("demo", ["optim.lr=1e-3"])` runs configs/demo.py, takes its `config`, and applies the settings by declared type:
+an unknown key or a wrong type is one sentence with "did you mean", before JAX starts.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import types
+import typing
+from pathlib import Path
+
+from smoljax.config import Train
+from smoljax.errors import UsageError, require
+
+
+def load(name: str, overrides: typing.Sequence[str] = ()) -> Train:
+    """The config in a Python file (a path, or a shipped name such as `demo`), with `a.b=c` overrides applied."""
+    file = find(name)
+    spec = importlib.util.spec_from_file_location("smoljax_run_config", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UsageError as e:
+        raise UsageError(f"{file}: {e}") from None
+    except Exception as e:
+        raise UsageError(f"{file} does not run as Python: {type(e).__name__}: {e}") from e
+    config = getattr(module, "config", None)
+    require(isinstance(config, Train), f"{file} must say `config = Train(...)`, found {type(config).__name__}")
+    if config.run is None:
+        config = dataclasses.replace(config, run=f"runs/{file.stem}")
+    return override(config, overrides)
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of the configs that come with smoljax, from a checkout as from a wheel."""
+    here = Path(__file__).parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {p.stem.replace("_", "-"): p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"}
+
+
+def find(name: str) -> Path:
+    if name.endswith(".py") or "/" in name:
+        require(Path(name).is_file(), f"no config file {name}; shipped configs go by name: {', '.join(shipped())}")
+        return Path(name)
+    names = shipped()
+    key = name.replace("_", "-")
+    require(key in names, f"no config named {name!r}{meant(key, names)}; shipped are {', '.join(names)}")
+    return names[key]
+
+
+def override(config, settings: typing.Sequence[str]):
+    """`config` with settings like `optim.lr=1e-3` applied in one go, so that two may depend on each other."""
+    changes: dict = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        require(bool(equals), f"expected a setting like optim.lr=1e-3, got {setting!r}")
+        *parents, leaf = path.removeprefix("--").split(".")
+        level = changes
+        for parent in parents:
+            level = level.setdefault(parent, {})
+            require(isinstance(level, dict), f"{setting!r} contradicts an earlier setting")
+        level[leaf] = text
+    return replace(config, changes, "")
+
+
+def replace(config, changes: dict, prefix: str):
+    types_of = {f.name: f.type for f in dataclasses.fields(config)}
+    new = {}
+    for key, value in changes.items():
+        where = f"unknown setting {prefix + key!r} in {type(config).__name__}"
+        require(key in types_of, f"{where}{meant(key, types_of)}; it has {', '.join(types_of)}")
+        if dataclasses.is_dataclass(types_of[key]):
+            require(
+                isinstance(value, dict),
+                f"{prefix + key} is a group of settings; set one of {prefix + key}."
+                f"{{{', '.join(f.name for f in dataclasses.fields(types_of[key]))}}}",
+            )
+            new[key] = replace(getattr(config, key), value, f"{prefix}{key}.")
+        else:
+            require(not isinstance(value, dict), f"{prefix + key} is one value, it has no settings inside")
+            new[key] = parse(value, types_of[key], prefix + key)
+    return dataclasses.replace(config, **new)
+
+
+def parse(text: str, kind, where: str):
+    """One value from the command line, by its declared type; `none` where none is allowed."""
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is dict:  # {"shards/web": 0.7, "shards/code": 0.3}, or one folder
+            return json.loads(text) if text.startswith("{") else {text: 1.0}
+        return kind(text)
+    except (ValueError, KeyError):
+        raise UsageError(f"{where} is {getattr(kind, '__name__', kind)}, got {text!r}") from None
+
+
+def meant(word: str, words) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def from_dict(kind, values: dict):
+    """A dataclass from the JSON of an earlier run's config; unknown and missing keys are errors."""
+    types_of = {f.name: f.type for f in dataclasses.fields(kind)}
+    for key in values:
+        require(key in types_of, f"unknown key {key!r} in a saved {kind.__name__}{meant(key, types_of)}")
+    new = {k: from_dict(types_of[k], v) if dataclasses.is_dataclass(types_of[k]) else v for k, v in values.items()}
+    try:
+        return kind(**new)
+    except TypeError as e:  # a required key is missing
+        raise UsageError(f"saved {kind.__name__}: {e}") from None
+
+
+def flat(config, prefix: str = "") -> dict:
+    """{"optim.lr": 0.003, ...}: for comparing two configs key by key."""
+    out = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        out |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+    return out

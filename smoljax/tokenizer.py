@@ -1,0 +1,93 @@
+"""Text to token ids: SmolLM's kind of tokenizer, trained or loaded. Thin over Hugging Face's `tokenizers`.
+
+SmolLM and SmolLM2 share one byte-level BPE (49,152 ids, 17 special tokens first). Before merging, text is cut into
+single digits, then into words by GPT-2's pattern. The published vocabulary lacks 21 of the 256 bytes and drops them
+from the text without a word (see `missing_bytes`); one trained here has all 256, so decode(encode(text)) == text.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from smoljax.errors import DataError, UsageError
+
+EOS = "<|endoftext|>"
+# The published ids 0..16, in this order.
+SPECIAL_TOKENS = [EOS, "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>"]
+SPECIAL_TOKENS += ["<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>"]
+SPECIAL_TOKENS += ["<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>", "<empty_output>"]
+SMALLEST = len(SPECIAL_TOKENS) + 256  # the special tokens and every byte, before the first merge
+
+
+def new() -> Tokenizer:
+    """An untrained tokenizer with SmolLM's pre-tokenizer and decoder."""
+    tokenizer = Tokenizer(models.BPE())
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])  # "a 42" -> "a", " ", "4", "2"
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
+    """Learn `vocab_size` byte-level BPE ids from texts and write them to `path`; the same texts give the same file."""
+    check_vocab_size(vocab_size)
+    tokenizer = new()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # With too little text there are fewer merges to learn than ids asked for; a model of vocab_size would then
+    # hold rows that no text can reach.
+    if (found := tokenizer.get_vocab_size()) != vocab_size:
+        raise DataError(f"the text gives a vocabulary of {found} at most, not {vocab_size}: add text or ask for {found}")
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < SMALLEST:
+        raise UsageError(
+            f"a vocabulary of {vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens and 256 bytes take "
+            f"{SMALLEST}; give {SMALLEST} or more"
+        )
+
+
+def find(path: str | Path) -> Path:
+    """The tokenizer.json that `path` is or holds."""
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"no tokenizer at {file}: expected a tokenizer.json or a folder that holds one")
+    return file
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.json, or the one in a folder."""
+    file = find(path)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as e:  # `tokenizers` raises bare Exception
+        raise DataError(f"{file} is not a tokenizer.json that `tokenizers` can read ({e})") from None
+
+
+def sha256(path: str | Path) -> str:
+    """What identifies a tokenizer: the hash of its file."""
+    return hashlib.sha256(find(path).read_bytes()).hexdigest()
+
+
+def missing_bytes(tokenizer: Tokenizer) -> list[int]:
+    """The bytes that a byte-level tokenizer has no id for, and so drops; [] for other kinds of tokenizer."""
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    if decoder.get("type") != "ByteLevel":
+        return []
+    # GPT-2's byte symbols: a printable byte stands for itself, the others for 256, 257, ... in order.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    symbol = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [byte for byte in range(256) if tokenizer.token_to_id(symbol[byte]) is None]
