@@ -1,9 +1,9 @@
 """A user's mistake is one sentence and an exit code, never a traceback.
 
-    2  usage or config      3  bad data or weights      4  checkpoint trouble
+    1  the run itself failed      2  usage or config      3  bad data or weights      4  checkpoint trouble
 
 A sentence names the thing, what was found, what was expected and what to do. Whatever is not an `Error`
-is our bug and keeps its traceback. 75 (preempted, run the same command again) is the programs' own.
+is our bug and keeps its traceback.
 """
 
 import sys
@@ -12,11 +12,13 @@ import sys
 class Error(Exception):
     """What the user can mend; `code` is the process's exit code."""
 
-    code = 2
+    code = 1
 
 
 class UsageError(Error):
     """A flag, a config key or a setting that cannot be."""
+
+    code = 2
 
 
 class DataError(Error):
@@ -44,6 +46,9 @@ def run(main, argv=None) -> int:
     except Error as e:
         print(f"smoljax: {e}", file=sys.stderr)
         return e.code
+    except KeyboardInterrupt:
+        print("smoljax: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `smoljax ... | head` is no mistake
         sys.stderr.close()
         return 0

@@ -1,0 +1,183 @@
+"""The only file that knows Orbax: asynchronous, atomic checkpoints of a TrainState, and of a model alone.
+
+    RUN/config.json           the resolved config
+    RUN/tokenizer.json        the shards' tokenizer
+    RUN/checkpoints/STEP/     model/ and opt/, restorable alone, on any mesh; metadata: config, hashes, versions
+
+A step is written into a temporary folder and renamed when complete, so a killed save is never seen. Arrays are stored
+by name ("layers.q", "opt.1.0.mu.layers.q"), so the files know no class of ours, of Flax or of Optax.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from smoljax import settings
+from smoljax.config import Model
+from smoljax.errors import CheckpointError, require
+from smoljax.model import SmolLM
+from smoljax.step import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each stage of each save
+
+
+class Checkpoints:
+    """The checkpoints of a run, for the one process group that trains it. Close it: a save may be in flight."""
+
+    def __init__(self, run: Path, keep: int = 1, keep_every: int | None = None):
+        policies = ocp.training.preservation_policies
+        preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+        self.folder = Path(run).resolve() / "checkpoints"
+        self.orbax = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy(preserve),
+            cleanup_tmp_directories=True,  # what a killed save left behind
+        )
+        self.pending = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            self.wait()
+        finally:
+            self.orbax.close()
+
+    @property
+    def latest(self) -> int | None:
+        return self.orbax.latest.step if self.orbax.latest else None
+
+    def metadata(self, step: int) -> dict:
+        return describe(self.orbax, step).custom_metadata
+
+    def save(self, step: int, metadata: dict, **trees):
+        """Copy the trees to the host and write them in the background; a failed earlier save is raised here."""
+        self.wait()
+        versions = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+        self.pending = self.orbax.save_checkpointables_async(
+            step,
+            {name: by_name(tree) for name, tree in trees.items()},
+            force=True,
+            custom_metadata=metadata | {"versions": versions},
+        )
+
+    def wait(self):
+        """Until the save in flight is on disk."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except Exception as e:
+            raise CheckpointError(f"a checkpoint could not be written into {self.folder}: {e}") from e
+
+    def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
+        """The state after `step` updates, placed as `shardings` say, whatever mesh wrote it."""
+        trees = {"model": abstract.model, "opt": abstract.opt_state}
+        places = {"model": shardings.model, "opt": shardings.opt_state}
+        trees = read(self.orbax, step, jax.tree.map(place, trees, places))
+        count = jax.device_put(jnp.asarray(step, jnp.int32), shardings.step)
+        return TrainState(count, trees["model"], trees["opt"])
+
+
+def describe(orbax, step: int):
+    """A step's metadata: custom_metadata is what `save` was given, metadata[name] the shapes and dtypes of a tree."""
+    try:
+        found = orbax.checkpointables_metadata(step)
+    except Exception as e:
+        raise CheckpointError(f"checkpoint {orbax.directory / str(step)} cannot be read: {root_cause(e)}") from e
+    if not found.custom_metadata or not (found.metadata or {}).get("model"):
+        raise CheckpointError(f"checkpoint {orbax.directory / str(step)} is damaged or was not written by smoljax")
+    return found
+
+
+def place(abstract, sharding, dtype=None):
+    return jax.ShapeDtypeStruct(abstract.shape, dtype or abstract.dtype, sharding=sharding)
+
+
+def by_name(tree) -> dict:
+    """{"layers.q": array, ...}: leaves by their path, Flax's variables unwrapped."""
+    leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=is_variable)
+    return {path_name(path): jax.tree.leaves(leaf)[0] for path, leaf in leaves}
+
+
+def from_names(tree, arrays: dict):
+    """The inverse: `tree` with its leaves replaced."""
+
+    def one(path, leaf):
+        array = arrays[path_name(path)]
+        return leaf.replace(array) if is_variable(leaf) else array
+
+    return jax.tree.map_with_path(one, tree, is_leaf=is_variable)
+
+
+def is_variable(leaf) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def read(orbax, step: int, trees: dict) -> dict:
+    """Trees of ShapeDtypeStructs with shardings -> the same trees of arrays."""
+    try:
+        arrays = orbax.load_checkpointables(step, {name: by_name(tree) for name, tree in trees.items()})
+        return {name: from_names(tree, arrays[name]) for name, tree in trees.items()}
+    except Exception as e:  # Orbax's own text names a handler; the cause behind it says what is wrong
+        raise CheckpointError(f"checkpoint {orbax.directory / str(step)} cannot be restored: {root_cause(e)}") from e
+
+
+def root_cause(e: BaseException) -> str:
+    while e.__cause__ or e.__context__:
+        e = e.__cause__ or e.__context__
+    return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+
+
+def is_run(path: Path) -> bool:
+    """A run's folder, or one of its checkpoints."""
+    path = Path(path)
+    return (path / "checkpoints").is_dir() or (path.parent.name == "checkpoints" and path.name.isdigit())
+
+
+def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int]:
+    """The weights of a run (its newest checkpoint) or of one checkpoint, without the optimizer's state.
+
+    In the dtype they were saved in, or in the given one. The run may be training: nothing in it is touched.
+    """
+    path = Path(path).resolve()
+    run, step = (path, None) if (path / "checkpoints").is_dir() else (path.parent.parent, int(path.name))
+    with ocp.training.Checkpointer(run / "checkpoints") as orbax:
+        steps = [c.step for c in orbax.checkpoints]
+        if not steps or (step is not None and step not in steps):
+            raise CheckpointError(f"no complete checkpoint {step or ''} in {run}; it has {steps or 'none yet'}")
+        step = steps[-1] if step is None else step
+        saved = describe(orbax, step)
+        config = settings.from_dict(Model, saved.custom_metadata["config"]["model"])
+        dtype = dtype or saved.metadata["model"]["embed"].dtype
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        model = jax.eval_shape(lambda: SmolLM(config, nnx.Rngs(params=0)))
+        model = jax.tree.map(lambda a: place(a, device, dtype), model)
+        return read(orbax, step, {"model": model})["model"], config, step
+
+
+def save_model(folder: Path, model: SmolLM, config: Model):
+    """A folder that load_model and `init_from` read, with one checkpoint 0; it appears when it is complete."""
+    folder = Path(folder).resolve()
+    require(not folder.exists() or not any(folder.iterdir()), f"{folder} exists already; name a new folder")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    metadata = {"config": {"model": dataclasses.asdict(config)}}
+    with Checkpoints(part) as checkpoints:
+        checkpoints.save(0, metadata, model=model)
+    (part / "config.json").write_text(json.dumps(metadata["config"], indent=1))
+    os.replace(part, folder)
