@@ -9,6 +9,8 @@ Row r of a run (batch n holds rows n*B ... n*B + B - 1):
 - its segments, if documents are masked, from the shards' index: a document's first token is then no label either.
 """
 
+import itertools
+
 import jax
 import numpy as np
 
@@ -56,8 +58,7 @@ class Windows:
         if ids.max() >= self.vocab_size:  # XLA would clamp or invent: this is the last place that can tell
             i = int(np.argmax(ids >= self.vocab_size))
             raise DataError(
-                f"{self.shards.path}: {self.shards.locate(start + i)} has id {ids[i]}, "
-                f"beyond model.vocab_size = {self.vocab_size}"
+                f"{self.shards.locate(start + i)}, has id {ids[i]}, beyond model.vocab_size = {self.vocab_size}"
             )
         pad = (0, T + 1 - len(ids))
         tokens = np.pad(ids, pad)[:T]
@@ -106,8 +107,8 @@ class Rows:
 
 
 def same_tokenizer(windows: list[Windows]):
-    first, *others = [w.shards for w in windows if w.shards.tokenizer_sha256]
-    for other in others:
+    known = [w.shards for w in windows if w.shards.tokenizer_sha256]
+    for first, other in itertools.pairwise(known):
         if other.tokenizer_sha256 != first.tokenizer_sha256:
             raise DataError(
                 f"{other.path} was made with another tokenizer than {first.path} "

@@ -187,11 +187,10 @@ def check(config: Model, prompts, max_new_tokens: int) -> list[list[int]]:
         except TypeError:
             raise UsageError(f"prompt {i} is {prompt!r:.60}, expected a list of token ids") from None
         require(bool(ids), f"prompt {i} is empty; give at least one token, such as the model's bos_token_id")
-        bad = [token for token in ids if not 0 <= token < V]
-        require(
-            not bad,
-            f"prompt {i} has the token id {bad[0] if bad else 0}, outside the vocabulary of {V}; use the model's tokenizer",
-        )
+        for token in ids:
+            require(
+                0 <= token < V, f"prompt {i} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary"
+            )
         require(
             len(ids) + max_new_tokens <= S,
             f"prompt {i} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that is beyond the model's "

@@ -53,7 +53,9 @@ class Shards:
         self.num_tokens = self._ends[-1] if self._ends else 0
         self.documents = sum(shard.documents for shard in self.shards)
         if not self.num_tokens:
-            raise DataError(f"{self.path} holds no tokens: expected *.ds files that `smoljax prepare` or datatrove wrote")
+            raise DataError(
+                f"{self.path} holds no tokens: expected *.ds files that `smoljax prepare` or datatrove wrote"
+            )
 
     def _open_manifest(self) -> None:
         file = self.path / "manifest.json"
@@ -92,7 +94,9 @@ class Shards:
         files = sorted(file for file in self.path.glob("*.ds") if file.stat().st_size)
         kinds = {"unshuffled" if file.name.endswith("unshuffled.ds") else "shuffled" for file in files}
         if len(kinds) == 2:  # datatrove deletes the former when it has written the latter
-            raise DataError(f"{self.path} holds both *_unshuffled.ds and shuffled shards, as after a killed datatrove run")
+            raise DataError(
+                f"{self.path} holds both *_unshuffled.ds and shuffled shards, as after a killed datatrove run"
+            )
         widths = {}
         metadata = {file: self._read_metadata(file) for file in files}
         for file in files:
@@ -129,7 +133,9 @@ class Shards:
                 raise ValueError(f"{width} bytes a token")
             return width, int(count)
         except ValueError as e:
-            raise DataError(f"{metadata} is not datatrove's metadata ({e}): expected `tokenizer|2`, then a count") from None
+            raise DataError(
+                f"{metadata} is not datatrove's metadata ({e}): expected `tokenizer|2`, then a count"
+            ) from None
 
     def _check_sizes(self, shard: Shard) -> None:
         file, index = self.path / shard.file, self.path / f"{shard.file}.index"
@@ -138,7 +144,7 @@ class Shards:
         size, expected = file.stat().st_size, shard.tokens * self.itemsize
         if size != expected:
             raise DataError(
-                f"{file} has {size} bytes, expected {expected} ({shard.tokens} tokens of {self.itemsize} bytes): {REPAIR}"
+                f"{file} has {size} bytes, expected {expected} ({shard.tokens} tokens of {self.itemsize}): {REPAIR}"
             )
         if not index.is_file():
             if shard.sha256 is None:
@@ -211,10 +217,14 @@ class Shards:
             raise DataError(f"{self.path} has no manifest.json, so there are no hashes to verify")
         for shard in self.shards:
             for name, expected in (shard.file, shard.sha256), (f"{shard.file}.index", shard.index_sha256):
-                with open(self.path / name, "rb") as f:
-                    found = hashlib.file_digest(f, "sha256").hexdigest()
-                if found != expected:
+                if (found := sha256(self.path / name)) != expected:
                     raise DataError(
                         f"{self.path / name} has changed (sha256 {found[:12]}, manifest.json says {expected[:12]}): "
                         "restore it, or delete the folder and prepare the text again"
                     )
+
+
+def sha256(path: str | Path) -> str:
+    """The hash of a file's content."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

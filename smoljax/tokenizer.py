@@ -45,7 +45,9 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
     # With too little text there are fewer merges to learn than ids asked for; a model of vocab_size would then
     # hold rows that no text can reach.
     if (found := tokenizer.get_vocab_size()) != vocab_size:
-        raise DataError(f"the text gives a vocabulary of {found} at most, not {vocab_size}: add text or ask for {found}")
+        raise DataError(
+            f"the text gives a vocabulary of {found} at most, not {vocab_size}: add text or ask for {found}"
+        )
     tokenizer.save(str(path))
     return tokenizer
 

@@ -1,0 +1,339 @@
+"""Hugging Face folders, in and out: the only file that knows safetensors.
+
+One table says where each of the eleven arrays lies in a LlamaForCausalLM and how its axes are ordered there. Read
+forward it imports, read backward it exports. Strict in both directions: every tensor is consumed and every parameter
+set, and a config.json key that asks for other mathematics than model.py's is refused by its name.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from smoljax import tokenizer as tokenizers
+from smoljax.config import Model
+from smoljax.errors import DataError, Error, UsageError, require
+from smoljax.model import SmolLM
+
+# ours: (Hugging Face's name with {} for the layer, axes there -> axes here). A torch Linear is [out, in]; q and k are
+# in half-split ("rotate_half") order there as here, so no row is permuted.
+TABLE = {
+    "embed": ("model.embed_tokens.weight", "V D -> V D"),
+    "layers.attn_norm": ("model.layers.{}.input_layernorm.weight", "D -> D"),
+    "layers.q": ("model.layers.{}.self_attn.q_proj.weight", "(N H) D -> D N H"),
+    "layers.k": ("model.layers.{}.self_attn.k_proj.weight", "(K H) D -> D K H"),
+    "layers.v": ("model.layers.{}.self_attn.v_proj.weight", "(K H) D -> D K H"),
+    "layers.o": ("model.layers.{}.self_attn.o_proj.weight", "D (N H) -> N H D"),
+    "layers.mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", "D -> D"),
+    "layers.gate": ("model.layers.{}.mlp.gate_proj.weight", "F D -> D F"),
+    "layers.up": ("model.layers.{}.mlp.up_proj.weight", "F D -> D F"),
+    "layers.down": ("model.layers.{}.mlp.down_proj.weight", "D F -> F D"),
+    "norm": ("model.norm.weight", "D -> D"),
+}
+HEAD = "lm_head.weight"  # absent where the head is tied; some writers store the copy all the same
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# Keys of a config.json with the one value that model.py computes. The second table may be absent: these are
+# transformers' defaults, or keys by which relatives of Llama depart from it.
+REQUIRED = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
+NEUTRAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+NEUTRAL |= {"rope_interleaved": False, "partial_rotary_factor": 1.0, "no_rope_layers": None, "layer_types": None}
+NEUTRAL |= {"sliding_window": None, "use_sliding_window": False, "qk_norm": False, "use_qk_norm": False}
+NEUTRAL |= {"logits_scaling": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logit_scale": 1.0}
+NEUTRAL |= {"attention_multiplier": None, "final_logit_softcapping": None, "attn_logit_softcapping": None}
+NEUTRAL |= {"quantization_config": None, "auto_map": None, "is_encoder_decoder": False, "add_cross_attention": False}
+NEUTRAL |= {"pruned_heads": {}}
+# Keys that say nothing about the mathematics.
+HARMLESS = {"dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "is_llama_config"}
+HARMLESS |= {"_name_or_path", "transformers.js_config", "rope_theta", "rope_parameters", "rope_scaling"}
+HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type"}
+HARMLESS |= {"id2label", "label2id", "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed"}
+
+
+# ---------------------------------------------------------------------------------------------------- config.json
+
+
+def read_json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{file} cannot be read as JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{file} holds a {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def read_config(folder: Path) -> Model:
+    """The Model in a folder's config.json; a key that asks for something else is a DataError with its name."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise DataError(f"{folder} holds no config.json, so it is no Hugging Face model folder")
+    try:
+        return from_config(read_json(file))
+    except Error as e:
+        raise e if str(file) in str(e) else DataError(f"{file}: {e}") from None
+
+
+def from_config(found: dict) -> Model:
+    for key, expected in (NEUTRAL | REQUIRED).items():
+        value = found.get(key, expected if key in NEUTRAL else "absent")
+        if value != expected or (isinstance(expected, bool) and value is not expected):
+            raise DataError(f"{key} is {json.dumps(value)}; smoljax computes {json.dumps(expected)} and nothing else")
+    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
+    whole = type(width) is int and type(heads) is int and heads > 0 and width % heads == 0
+    # What transformers fills in, too. Its other defaults are guesses: here each of the other keys must be there.
+    defaults = {"num_key_value_heads": heads, "head_dim": width // heads if whole else None, "initializer_range": 0.02}
+    fields, absent = {"rope_theta": rope_theta(found)}, []
+    for name in (f.name for f in dataclasses.fields(Model) if f.name != "rope_theta"):
+        value = found.get(name)
+        fields[name] = defaults.get(name) if value is None else value
+        if isinstance(value, list):
+            raise DataError(f"{name} is the list {value}; smoljax has one value there")
+        if fields[name] is None and name != "pad_token_id" and not (name in found and name.endswith("_token_id")):
+            absent.append(name)
+    if absent:
+        raise DataError(f"{', '.join(absent)} absent; expected the keys of a LlamaForCausalLM")
+    unknown = sorted(set(found) - set(fields) - set(REQUIRED) - set(NEUTRAL) - HARMLESS)
+    if unknown:
+        logging.getLogger("smoljax").warning("config.json: a Llama has no %s; not used", ", ".join(map(repr, unknown)))
+    return Model(**fields)
+
+
+def rope_theta(found: dict) -> float:
+    """From `rope_theta` (transformers 4), `rope_parameters` (5) or both, which then must agree; there is no default."""
+    thetas = {}
+    if found.get("rope_theta") is not None:
+        thetas["rope_theta"] = found["rope_theta"]
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = found.get(key) or {}
+        if not isinstance(rope, dict):
+            raise DataError(f"{key} is {json.dumps(rope)}, expected an object or null")
+        for name, value in rope.items():
+            if name == "rope_theta":
+                thetas[f"{key}.rope_theta"] = value
+            elif (name, value) not in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)):
+                raise DataError(
+                    f"{key}.{name} is {json.dumps(value)}; smoljax computes the default rotary embedding only"
+                )
+    if not thetas:
+        raise DataError("rope_theta is absent, in rope_parameters too; add the theta that the model was trained with")
+    for key, value in thetas.items():
+        if type(value) not in (int, float):
+            raise DataError(f"{key} is {json.dumps(value)}, expected a number")
+    if len(set(thetas.values())) > 1:
+        raise DataError(f"{' and '.join(f'{k} = {v}' for k, v in thetas.items())} contradict each other; remove one")
+    return next(iter(thetas.values()))
+
+
+def to_config(config: Model, dtype: str) -> dict:
+    """What transformers 4 and 5 both read: 4 wants rope_theta and torch_dtype, 5 rope_parameters and dtype."""
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    neutral = {key: NEUTRAL[key] for key in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")}
+    other = {"rope_parameters": rope, "rope_scaling": None, "dtype": dtype, "torch_dtype": dtype, "use_cache": True}
+    return REQUIRED | dataclasses.asdict(config) | neutral | other
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+
+
+def abstract(config: Model) -> SmolLM:
+    """The model's shapes, without its weights."""
+    return jax.eval_shape(lambda: SmolLM(config, nnx.Rngs(params=0)))
+
+
+def rows(model: SmolLM, config: Model):
+    """For each array of the model: (its name, its Param, letter sizes, Hugging Face's names, pattern)."""
+    for ours, (theirs, pattern) in TABLE.items():
+        param = functools.reduce(getattr, ours.split("."), model)
+        sizes = dict(zip(param.dims, param.shape[-len(param.dims) :], strict=True))
+        layers = config.num_hidden_layers if "{}" in theirs else 1
+        yield ours, param, sizes, [theirs.format(i) for i in range(layers)], pattern
+
+
+def shape_of(axes: str, sizes: dict) -> list[int]:
+    """The shape that a side of a pattern describes: "(N H) D" -> [N * H, D]."""
+    return [math.prod(sizes[x] for x in group if x.isalpha()) for group in re.findall(r"\(.*?\)|\w", axes)]
+
+
+def load(folder: str | Path, dtype: str | None = None) -> tuple[SmolLM, Model]:
+    """A model and its config from a Hugging Face folder with one model.safetensors in f32, bf16 or f16.
+
+    Args:
+      dtype: of the arrays, "float32" or "bfloat16"; the file's own when None.
+
+    Tensors are read one by one into the array of all layers that they belong to, so the peak is the model and its
+    largest array. Raises DataError.
+    """
+    folder = Path(folder)
+    require(dtype in (None, "float32", "bfloat16"), f"dtype is {dtype!r}, expected float32 or bfloat16")
+    config = read_config(folder)
+    model = abstract(config)
+    with open_tensors(folder) as file:
+        source = check(file, model, config)
+        dtype = jnp.dtype(dtype or source)
+        for ours, param, sizes, names, pattern in rows(model, config):
+            array = np.empty(param.shape, dtype)
+            for layer, name in zip(array if len(param.dims) < array.ndim else array[None], names, strict=True):
+                letters = {k: v for k, v in sizes.items() if k in pattern}
+                layer[...] = rearrange(file.get_tensor(name), pattern, **letters)
+            *parents, leaf = ours.split(".")
+            setattr(functools.reduce(getattr, parents, model), leaf, param.replace(jnp.asarray(array)))
+        if HEAD in file.keys() and not np.array_equal(file.get_tensor(HEAD), file.get_tensor(TABLE["embed"][0])):
+            raise DataError(
+                f"{folder}: {HEAD} differs from {TABLE['embed'][0]}, although config.json says tie_word_embeddings; "
+                "smoljax has tied heads only"
+            )
+    return model, config
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path):
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        if (folder / "model.safetensors.index.json").is_file():
+            raise DataError(
+                f"{folder} is split over several files (model.safetensors.index.json), which smoljax does not read; "
+                'save it as one, in transformers: model.save_pretrained(folder, max_shard_size="100GB")'
+            )
+        raise DataError(f"{folder} has a config.json but no model.safetensors; expected the weights in that file")
+    try:
+        with safe_open(path, "numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as e:
+        raise DataError(f"{path} is no sound safetensors file ({e})") from None
+
+
+def check(file, model: SmolLM, config: Model) -> str:
+    """All tensors are there, no other is, each has its shape, and all one dtype: that dtype."""
+    expected = {}
+    for _, _, sizes, names, pattern in rows(model, config):
+        expected |= dict.fromkeys(names, shape_of(pattern.split(" -> ")[0], sizes))
+    found = {name: file.get_slice(name) for name in file.keys()}
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected) - {HEAD})
+    if missing or extra:
+        raise DataError(
+            f"model.safetensors does not hold the tensors that config.json describes: {some('missing', missing)}; "
+            f"{some('not expected', extra)}"
+        )
+    if HEAD in found:
+        expected[HEAD] = expected[TABLE["embed"][0]]
+    for name, shape in expected.items():
+        if found[name].get_shape() != shape:
+            raise DataError(f"tensor {name} has shape {found[name].get_shape()}, but config.json gives it {shape}")
+    dtypes = {found[name].get_dtype(): name for name in expected}
+    odd = {dtype: name for dtype, name in dtypes.items() if dtype not in DTYPES}
+    if odd:
+        raise DataError(f"tensor {[*odd.values()][0]} is {[*odd][0]}; expected one of {', '.join(DTYPES)}")
+    if len(dtypes) > 1:
+        mix = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+        raise DataError(f"the tensors have different dtypes ({mix}); expected one for all")
+    return DTYPES[[*dtypes][0]]
+
+
+def some(what: str, names: list[str]) -> str:
+    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"{what}: {listed or 'none'}"
+
+
+def save(
+    folder: str | Path, model: SmolLM, config: Model, dtype: str | None = None, tokenizer: str | Path | None = None
+):
+    """Write a folder that transformers, and `load`, read: weights, config and, if given, the tokenizer's files.
+
+    Args:
+      dtype: of the file, "float32" or "bfloat16"; the model's own when None.
+      tokenizer: a tokenizer.json or a folder that holds one.
+    """
+    dtype = dtype or str(model.embed.dtype)
+    require(dtype in DTYPES.values(), f"dtype is {dtype!r}, expected one of {', '.join(DTYPES.values())}")
+    with fresh(folder) as part:
+        write_json(part / "config.json", to_config(config, dtype))
+        special = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        write_json(part / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+        if tokenizer is not None:
+            save_tokenizer(part, Path(tokenizer), config)
+        write_tensors(part / "model.safetensors", model, config, dtype)
+
+
+@contextlib.contextmanager
+def fresh(folder: str | Path):
+    """A temporary sibling that becomes `folder` when the block ends well and vanishes when it does not."""
+    folder = Path(folder).absolute()
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(free, f"{folder} exists already; name a new folder")
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, folder)
+    except OSError as e:
+        raise UsageError(f"{folder} cannot be written: {e.strerror or e}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_tensors(file: Path, model: SmolLM, config: Model, dtype: str):
+    """safetensors' format by hand, since its library wants all tensors at once: here one at a time is copied."""
+    code = {name: code for code, name in DTYPES.items()}[dtype]
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for _, _, sizes, names, pattern in rows(model, config):
+        shape = shape_of(pattern.split(" -> ")[0], sizes)
+        for name in names:
+            end = offset + math.prod(shape) * jnp.dtype(dtype).itemsize
+            header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, param, sizes, _, pattern in rows(model, config):
+            there, here = pattern.split(" -> ")
+            letters = {k: v for k, v in sizes.items() if k in pattern}
+            array = np.asarray(param[...])
+            for layer in array if len(param.dims) < array.ndim else array[None]:
+                tensor = rearrange(layer, f"{here} -> {there}", **letters).astype(dtype)
+                out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+
+
+def save_tokenizer(folder: Path, source: Path, config: Model):
+    """tokenizer.json as it is, and a tokenizer_config.json that names its special tokens by the config's ids.
+
+    The class is PreTrainedTokenizerFast: transformers then takes tokenizer.json as it is, where GPT2Tokenizer, which
+    SmolLM's own folders name, may rebuild the pre-tokenizer without its digits.
+    """
+    source = tokenizers.find(source)
+    tokenizer = tokenizers.load(source)
+    if (size := tokenizer.get_vocab_size()) > config.vocab_size:
+        raise DataError(f"{source} has {size} tokens, but the model's vocab_size is {config.vocab_size}")
+    special = {}
+    for name in ("bos", "eos", "pad"):
+        id = getattr(config, f"{name}_token_id")
+        special[f"{name}_token"] = None if id is None else tokenizer.id_to_token(id)
+        if id is not None and special[f"{name}_token"] is None:
+            raise DataError(f"the model's {name}_token_id is {id}, but {source} has no token of that id")
+    shutil.copyfile(source, folder / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings}
+    settings |= {"clean_up_tokenization_spaces": False, **special}
+    # A chat template belongs to the tokenizer: it is carried along as it was found, in its own file or in the config.
+    if (template := source.with_name("chat_template.jinja")).is_file():
+        shutil.copyfile(template, folder / template.name)
+    if (old := source.with_name("tokenizer_config.json")).is_file() and "chat_template" in (found := read_json(old)):
+        settings["chat_template"] = found["chat_template"]
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_json(file: Path, value: dict):
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,317 @@
+"""Sizes, the six published recipes number by number, and mistakes in a config as one sentence before JAX starts."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+from flax import nnx
+
+from smoljax import settings
+from smoljax.config import SIZES, Compute, Data, Mesh, Model, Optim, Train
+from smoljax.errors import UsageError
+from smoljax.model import SmolLM
+
+TINY = Model(16, 32, 2, 2, 1, head_dim=8, vocab_size=64, max_position_embeddings=32)
+RUN = Train(model=TINY, steps=10, data=Data(seq_len=16, batch_size=4), optim=Optim(warmup_steps=2, decay_steps=3))
+
+PARAMETERS = {"135m": 134_515_008, "360m": 361_821_120, "1.7b": 1_711_376_384}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts(name):
+    model = jax.eval_shape(lambda: SmolLM(SIZES[name], nnx.Rngs(params=0)))
+    leaves = jax.tree.leaves(model)
+    assert len(leaves) == 11
+    counted = sum(leaf.size for leaf in leaves)
+    assert counted == SIZES[name].parameters == PARAMETERS[name.partition("-")[2]]
+
+
+def test_parameters_of_any_shape():
+    odd = Model(24, 40, 3, 6, 2, head_dim=10, vocab_size=50)  # head_dim is not hidden / heads
+    model = jax.eval_shape(lambda: SmolLM(odd, nnx.Rngs(params=0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == odd.parameters
+
+
+# ---- the published recipes -------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "smollm-135m": "config_smollm1_135M.yaml",
+    "smollm-360m": "config_smollm1_360M.yaml",
+    "smollm-1-7b": "config_smollm1_1B.yaml",
+    "smollm2-135m": "config_smollm2_135M.yaml",
+    "smollm2-360m": "config_smollm2_360M.yaml",
+    "smollm2-1-7b": "config_smollm2_1B.yaml",
+}
+# Keys of nanotron's model_config that are no setting here, with the one value they may have.
+FIXED = dict(hidden_act="silu", is_llama_config=True, pretraining_tp=1, rope_scaling=None, tie_word_embeddings=True)
+
+
+def published(file: str) -> dict:
+    """nanotron's configuration in our words: every number that says what was trained."""
+    y = yaml.safe_load((Path(__file__).parent / "data/nanotron" / file).read_text())
+    tokens, optimizer, parallelism = y["tokens"], y["optimizer"], y["parallelism"]
+    schedule, adam, stage = optimizer["learning_rate_scheduler"], optimizer["optimizer_factory"], y["data_stages"][0]
+    dataset = stage["data"]["dataset"]
+
+    model = dict(y["model"]["model_config"])
+    for key, value in FIXED.items():
+        assert model.pop(key) == value
+    for key in ("use_cache", "rope_interleaved"):  # the latter: configs/smollm2_1_7b.py says why it is none of ours
+        model.pop(key, None)
+    model["head_dim"] = model["hidden_size"] // model["num_attention_heads"]
+
+    assert schedule["lr_warmup_style"] == "linear" and adam["name"] == "adamW" and optimizer["accumulate_grad_in_fp32"]
+    assert schedule["lr_decay_starting_step"] + schedule["lr_decay_steps"] == tokens["train_steps"]
+    rows = tokens["micro_batch_size"] * tokens["batch_accumulation_per_replica"] * parallelism["dp"]
+    folders = (folder.replace("datasets/", "shards/") for folder in dataset["dataset_folder"])
+    return {f"model.{key}": value for key, value in model.items()} | {
+        "steps": tokens["train_steps"],
+        "seed": y["general"]["seed"],
+        "init_std": y["model"]["init_method"]["std"],
+        "init_from": None,
+        "save_every": y["checkpoints"]["checkpoint_interval"],
+        "compute.dtype": y["model"]["dtype"],
+        "data.sources": dict(zip(folders, dataset["dataset_weights"], strict=True)),
+        "data.seq_len": tokens["sequence_length"],
+        "data.batch_size": rows,
+        "data.mask_documents": False,
+        "data.seed": stage["data"]["seed"],
+        "optim.lr": schedule["learning_rate"],
+        "optim.warmup_steps": schedule["lr_warmup_steps"],
+        "optim.decay_steps": schedule["lr_decay_steps"],
+        "optim.decay": schedule["lr_decay_style"],
+        "optim.min_lr": schedule["min_decay_lr"],
+        "optim.b1": adam["adam_beta1"],
+        "optim.b2": adam["adam_beta2"],
+        "optim.eps": adam["adam_eps"],
+        "optim.weight_decay": optimizer["weight_decay"],
+        "optim.weight_decay_on": "all",
+        "optim.clip": optimizer["clip_grad"],
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_the_published_one(name):
+    ours, theirs = settings.flat(settings.load(name)), published(RECIPES[name])
+    assert {key: ours[key] for key in theirs} == theirs
+    ours_alone = {key for key in ours.keys() - theirs.keys() if not key.startswith(("mesh.", "compute."))}
+    assert ours_alone == {"accumulate", "run", "log_every", "keep", "keep_every"}  # nothing that changes the model
+
+
+def test_recipes_see_the_published_number_of_tokens():
+    billions = dict(zip(RECIPES, (629, 629, 1049, 2097, 4089, 10_989), strict=True))
+    for name, expected in billions.items():
+        c = settings.load(name)
+        assert round(c.steps * c.data.batch_size * c.data.seq_len / 1e9) == expected
+
+
+@pytest.mark.parametrize("size, theta", [("135m", 100_000.0), ("360m", 100_000.0), ("1-7b", 130_000.0)])
+def test_extension_to_8k(size, theta):
+    short, long = settings.load(f"smollm2-{size}"), settings.load(f"smollm2-{size}-8k")
+    assert long.model == replace(short.model, rope_theta=theta, max_position_embeddings=8192)
+    assert long.model == SIZES[f"smollm2-{size.replace('-', '.')}"]  # exactly what was released
+    assert long.data.seq_len == 8192 and short.data.seq_len == 2048
+    assert long.data.seq_len * long.data.batch_size == short.data.seq_len * short.data.batch_size
+    assert 75e9 < long.steps * long.data.seq_len * long.data.batch_size < 76e9
+    assert sum(long.data.sources.values()) == pytest.approx(1)
+    folder, _, step = long.init_from.partition("/checkpoints/")
+    assert folder == short.run
+    if step:  # a checkpoint that the pretraining run still has at its end
+        saved = range(short.save_every, short.steps + 1, short.save_every)
+        assert int(step) in saved[-short.keep :]
+        assert short.steps - int(step) == long.steps
+
+
+@pytest.mark.parametrize("name", settings.shipped())
+def test_shipped_config(name):
+    config = settings.load(name)
+    assert config.run == f"runs/{settings.find(name).stem}"
+    assert config.optim.warmup_steps + config.optim.decay_steps <= config.steps
+    saved = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert settings.from_dict(Train, saved) == config
+    # Its docstring gives the command, which finds this very file.
+    docstring = settings.find(name).read_text().split('"""')[1]
+    words = [line.split() for line in docstring.splitlines()]
+    commands = [w for w in words if w[:1] == ["smoljax"] or w[:2] == ["make", "demo"]]
+    assert commands, "no command in the docstring"
+    for w in commands:
+        if w[:2] == ["smoljax", "pretrain"]:
+            assert settings.find(w[2]) == settings.find(name)
+
+
+# ---- settings on the command line ------------------------------------------------------------------------------------
+
+
+def test_override_every_type():
+    config = settings.override(
+        RUN,
+        [
+            "optim.lr=1e-3",
+            "--steps=20",
+            "data.mask_documents=TRUE",
+            "compute.dtype=bfloat16",
+            "keep_every=5",
+            "run=somewhere/else",
+            'data.sources={"a": 3, "b": 1}',
+            "mesh.fsdp=-1",
+        ],
+    )
+    assert (config.optim.lr, config.steps, config.data.mask_documents) == (1e-3, 20, True)
+    assert (config.compute.dtype, config.keep_every, config.run) == ("bfloat16", 5, "somewhere/else")
+    assert config.data.sources == {"a": 3, "b": 1}
+    assert config.optim.warmup_steps == 2 and config.model == TINY  # the rest is untouched
+    assert settings.override(config, ["keep_every=none", "data.sources=a/b=c"]).keep_every is None
+    assert settings.override(config, ["data.sources=a/b=c"]).data.sources == {"a/b=c": 1.0}
+    assert settings.override(RUN, []) == RUN
+
+
+def test_two_settings_may_depend_on_each_other():
+    both = ["data.seq_len=64", "model.max_position_embeddings=64"]
+    assert settings.override(RUN, both).data.seq_len == 64
+    assert settings.override(RUN, both[::-1]).data.seq_len == 64
+    with pytest.raises(UsageError, match="beyond model.max_position_embeddings = 32"):
+        settings.override(RUN, both[:1])
+
+
+@pytest.mark.parametrize(
+    "setting, sentence",
+    [
+        ("optim.lrr=1", "unknown setting 'optim.lrr' in Optim; did you mean 'lr'?; it has lr, warmup_steps"),
+        ("optm.lr=1", "unknown setting 'optm' in Train; did you mean 'optim'?"),
+        ("zzz=1", "unknown setting 'zzz' in Train; it has model, steps"),
+        ("steps=ten", "steps is int, got 'ten'"),
+        ("steps=1e3", "steps is int, got '1e3'"),
+        ("optim.lr=fast", "optim.lr is float, got 'fast'"),
+        ("data.mask_documents=yes", "data.mask_documents is bool, got 'yes'"),
+        ("keep_every=often", "keep_every is int, got 'often'"),
+        ("steps=none", "steps is int, got 'none'"),
+        ("data.sources={a: 1}", "data.sources is dict, got '{a: 1}'"),
+        ('data.sources={"a": "much"}', "data.sources gives 'a' the weight 'much', expected a number above 0"),
+        ('data.sources={"a": -1}', "data.sources gives 'a' the weight -1, expected a number above 0"),
+        ('data.sources={"a": true}', "data.sources gives 'a' the weight True, expected a number above 0"),
+        ("optim=fast", "optim is a group of settings; set one of optim.{lr, "),
+        ("steps.x=1", "steps is one value, it has no settings inside"),
+        ("steps", "expected a setting like optim.lr=1e-3, got 'steps'"),
+        ("optim.lr=nan", "optim.lr is nan, expected more than 0"),
+        ("optim.lr=inf", "optim.lr is inf, expected more than 0"),
+        ("optim.decay=step", "optim.decay is 'step', expected one of linear, 1-sqrt, cosine"),
+        ("optim.min_lr=1", "optim.min_lr is 1.0, above optim.lr = 0.003"),
+        ("optim.b2=1", "optim.b2 is 1.0, expected 0 <= b2 < 1"),
+        ("optim.weight_decay_on=norms", "optim.weight_decay_on is 'norms', expected all or matrices"),
+        ("optim.warmup_steps=8", "optim.warmup_steps + optim.decay_steps = 11 do not fit into steps = 10"),
+        ("accumulate=3", "data.batch_size is 4, which accumulate = 3 does not divide"),
+        ("accumulate=0", "accumulate is 0, expected more than 0"),
+        ("keep_every=0", "keep_every is 0, expected more than 0"),
+        ("data.batch_size=0", "data.batch_size is 0, expected at least 1"),
+        ("data.seq_len=64", "data.seq_len is 64, beyond model.max_position_embeddings = 32; raise the latter"),
+        ("model.num_attention_heads=3", None),  # 3 query heads over 1 key/value head: fine
+        ("model.num_key_value_heads=3", "model.num_attention_heads is 2, not a multiple of model.num_key_value_heads"),
+        ("model.head_dim=7", "model.head_dim is 7, but rotary embedding needs an even size"),
+        ("model.eos_token_id=64", "model.eos_token_id is 64, expected none or an id below model.vocab_size = 64"),
+        ("model.rope_theta=0", "model.rope_theta is 0.0, expected more than 0"),
+        ("compute.dtype=float16", "compute.dtype is 'float16', expected float32 or bfloat16"),
+        ("compute.unroll=0", "compute.unroll is 0, expected at least 1"),
+        ("mesh.data=-1", "mesh is data=-1 fsdp=-1 tensor=1; expected sizes of 1 or more, at most one of them -1"),
+        ("mesh.tensor=0", "mesh is data=1 fsdp=-1 tensor=0; expected sizes of 1 or more, at most one of them -1"),
+    ],
+)
+def test_mistakes_are_sentences(setting, sentence):
+    if sentence is None:
+        settings.override(RUN, [setting])
+        return
+    with pytest.raises(UsageError) as e:
+        settings.override(RUN, [setting])
+    assert sentence in str(e.value) and e.value.code == 2
+
+
+def test_settings_that_contradict_each_other():
+    for pair in (["optim=1", "optim.lr=1"], ["optim.lr=1", "optim=1"]):
+        with pytest.raises(UsageError):
+            settings.override(RUN, pair)
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: Optim(lr="fast"), "Optim.lr is float, got 'fast'"),
+        (lambda: Train(model=TINY, steps=1.5), "Train.steps is int, got 1.5"),
+        (lambda: Train(model=TINY, steps=True), "Train.steps is int, got True"),
+        (lambda: replace(RUN, data=None), "Train.data is Data, got None"),
+        (lambda: Data(sources=["a"]), "Data.sources is dict, got ['a']"),
+        (lambda: Mesh(data="all"), "Mesh.data is int, got 'all'"),
+        (lambda: Compute(remat=1), "Compute.remat is bool, got 1"),
+    ],
+)
+def test_mistakes_in_a_file_are_sentences(make, sentence):
+    with pytest.raises(UsageError) as e:
+        make()
+    assert sentence in str(e.value)
+
+
+def test_an_integer_is_a_float_where_one_is_meant():
+    assert type(Optim(lr=1).lr) is float and type(replace(TINY, rope_theta=10_000).rope_theta) is float
+
+
+def test_config_files(tmp_path):
+    with pytest.raises(UsageError, match="no config named 'smolm-135m'; did you mean 'smollm-135m'"):
+        settings.load("smolm-135m")
+    with pytest.raises(UsageError, match="no config file .*nothing.py; shipped configs go by name: .*smollm2-135m"):
+        settings.load(str(tmp_path / "nothing.py"))
+    assert settings.load("smollm_135m") == settings.load("smollm-135m")
+    for text, sentence in [
+        ("config = 3", "must say `config = Train(...)`, found int"),
+        ("", "must say `config = Train(...)`, found NoneType"),
+        ("config = (", "does not run as Python: SyntaxError"),
+        ("from smoljax.config import Optim\nconfig = Optim(lr=-1)", "optim.lr is -1.0, expected more than 0"),
+        ("from smoljax.config import Optim\nconfig = Optim(rate=1)", "TypeError"),
+    ]:
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(UsageError) as e:
+            settings.load(str(tmp_path / "mine.py"))
+        assert str(tmp_path / "mine.py") in str(e.value) and sentence in str(e.value)
+
+
+def test_an_edited_config_is_read_again(tmp_path):
+    """Python would match a .pyc by size and whole seconds, and give the first of these twice."""
+    file = tmp_path / "mine.py"
+    for lr in (1e-3, 2e-3):
+        text = (
+            "from smoljax.config import *\nconfig = Train(model=SIZES['smollm-135m'], steps=9000, optim=Optim(lr={}))"
+        )
+        file.write_text(text.format(lr))
+        os.utime(file, (1e9, 1e9))
+        assert settings.load(str(file)).optim.lr == lr
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_saved_config():
+    saved = json.loads(json.dumps(dataclasses.asdict(RUN)))
+    assert settings.from_dict(Train, saved) == RUN
+    with pytest.raises(UsageError, match="unknown key 'learning_rate' in a saved Optim"):
+        settings.from_dict(Train, saved | {"optim": {"learning_rate": 1.0}})
+    with pytest.raises(UsageError, match="saved Train: .*steps"):
+        settings.from_dict(Train, {key: saved[key] for key in saved if key != "steps"})
+
+
+def test_mistakes_cost_no_jax():
+    """A mistake in the command is known before JAX, which takes seconds, is imported."""
+    program = (
+        "import sys\n"
+        "from smoljax import errors, settings\n"
+        "code = errors.run(lambda argv: settings.load(*argv), ['smollm2-135m', ['optim.lrr=1']])\n"
+        "assert not {'jax', 'flax', 'numpy'} & set(sys.modules), 'imported too much'\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        "smoljax: unknown setting 'optim.lrr' in Optim; did you mean 'lr'?; it has lr, warmup_steps, decay_steps, "
+        "decay, min_lr, b1, b2, eps, weight_decay, weight_decay_on, clip\n"
+    )

@@ -1,0 +1,259 @@
+"""hf.py, weights.py and `smoljax convert`: bit-exact round trips, and a sentence for each folder that cannot be."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_model import CONFIG, SHAPES, make
+
+from infer import convert
+from smoljax import hf, tokenizer, weights
+from smoljax.errors import CheckpointError, DataError, UsageError
+
+TEXT = Path(__file__).read_text()
+
+
+def train_tokenizer(path):
+    return tokenizer.train([TEXT], CONFIG.vocab_size, path)
+
+
+def cast(model, dtype):
+    return jax.tree.map(lambda w: w.astype(dtype), model)
+
+
+def same(a, b):
+    """The same arrays, bit for bit."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    hf.save(tmp_path / "hf", make(), CONFIG)
+    return tmp_path / "hf"
+
+
+def edit(folder, **keys):
+    """config.json with other values; ... takes a key away."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | keys).items() if v is not ...}))
+
+
+def tensors(folder, **changes):
+    """model.safetensors with other tensors; ... takes one away."""
+    found = {k: v for k, v in (load_file(folder / "model.safetensors") | changes).items() if v is not ...}
+    save_file(found, folder / "model.safetensors")
+
+
+def test_the_table_names_every_parameter():
+    leaves, _ = jax.tree.flatten_with_path(hf.abstract(CONFIG), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves} == set(hf.TABLE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_save_and_load_are_exact(name, dtype, tmp_path):
+    model = cast(make(SHAPES[name]), dtype)
+    hf.save(tmp_path / "hf", model, SHAPES[name])
+    back, config = hf.load(tmp_path / "hf")
+    assert config == SHAPES[name] and same(back, model)
+    assert back.layers.q.dims == "DNH"
+    with safe_open(tmp_path / "hf" / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"} and len(file.keys()) == 2 + 9 * config.num_hidden_layers
+        q = file.get_tensor("model.layers.1.self_attn.q_proj.weight")
+    N, H = config.num_attention_heads, config.head_dim
+    by_hand = np.asarray(model.layers.q)[1].transpose(1, 2, 0).reshape(N * H, config.hidden_size)
+    assert q.tobytes() == by_hand.tobytes()
+
+
+def test_dtype_on_the_way(tmp_path):
+    model, half = make(), cast(make(), "bfloat16")
+    hf.save(tmp_path / "bf16", model, CONFIG, dtype="bfloat16")
+    assert same(hf.load(tmp_path / "bf16")[0], half)
+    assert same(hf.load(tmp_path / "bf16", "float32")[0], cast(half, "float32"))
+    keys = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert keys["dtype"] == keys["torch_dtype"] == "bfloat16"
+    # Half precision is read as it is.
+    hf.save(tmp_path / "f16", cast(model, "float16"), CONFIG)
+    assert same(hf.load(tmp_path / "f16")[0], cast(model, "float16"))
+    with pytest.raises(UsageError, match="dtype is 'int8'"):
+        hf.load(tmp_path / "f16", "int8")
+
+
+def test_config_as_transformers_4_and_5_write_it(folder):
+    edit(folder, rope_parameters=...)
+    assert hf.load(folder)[1] == CONFIG
+    edit(folder, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta})
+    assert hf.load(folder)[1] == CONFIG
+    edit(folder, hidden_act=..., attention_bias=..., mlp_bias=..., rope_scaling=..., use_cache=..., pad_token_id=...)
+    edit(folder, rope_interleaved=False, is_llama_config=True)
+    assert hf.load(folder)[1] == CONFIG
+
+
+def test_absent_head_sizes(tmp_path):
+    config = SHAPES["smollm-1.7b"]
+    hf.save(tmp_path / "hf", make(config), config)
+    edit(tmp_path / "hf", head_dim=..., num_key_value_heads=None)
+    assert hf.load(tmp_path / "hf")[1] == config
+
+
+def test_unknown_key_is_said(folder, caplog):
+    edit(folder, colour="blue")
+    hf.load(folder)
+    assert "'colour'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "keys, sentence",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "architectures is"),
+        ({"architectures": ...}, "architectures is"),
+        ({"model_type": "qwen2"}, "model_type is"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+        ({"tie_word_embeddings": ...}, "tie_word_embeddings is"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"rope_interleaved": True}, "rope_interleaved is true"),
+        ({"sliding_window": 4096}, "sliding_window is 4096"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map is"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers is"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 'rope_scaling.rope_type is "linear"'),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_scaling.type is "dynamic"'),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 100_000.0}}, 'rope_parameters.rope_type is "yarn"'),
+        ({"rope_parameters": {"factor": 4.0, "rope_theta": 100_000.0}}, "rope_parameters.factor is 4.0"),
+        ({"rope_parameters": [1]}, "rope_parameters is"),
+        ({"rope_theta": ..., "rope_parameters": ...}, "rope_theta is absent"),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "default"}}, "rope_theta is absent"),
+        ({"rope_theta": 10_000.0}, "contradict each other"),
+        ({"rope_theta": "1e5", "rope_parameters": ...}, 'rope_theta is "1e5"'),
+        ({"hidden_size": ...}, "hidden_size absent"),
+        ({"rms_norm_eps": ...}, "rms_norm_eps absent"),
+        ({"bos_token_id": ...}, "bos_token_id absent"),
+        ({"head_dim": None, "hidden_size": 70}, "head_dim absent"),
+        ({"eos_token_id": [0, 2]}, "eos_token_id is the list"),
+        ({"eos_token_id": 300}, "eos_token_id is 300"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is int, got '3'"),
+        ({"num_key_value_heads": 2}, "num_attention_heads is 9, not a multiple"),
+    ],
+)
+def test_config_refusals(folder, keys, sentence):
+    edit(folder, **keys)
+    with pytest.raises(DataError, match=re.escape(sentence)) as e:
+        hf.load(folder)
+    assert str(folder / "config.json") in str(e.value) and "\n" not in str(e.value)
+
+
+def test_tensor_refusals(folder):
+    def refused(*sentences):
+        with pytest.raises(DataError) as e:
+            hf.load(folder)
+        assert all(sentence in str(e.value) for sentence in sentences), str(e.value)
+
+    name, shape = "model.layers.1.mlp.up_proj.weight", (CONFIG.intermediate_size, CONFIG.hidden_size)
+    good = load_file(folder / "model.safetensors")
+    tensors(folder, **{name: ..., "model.layers.7.mlp.up_proj.weight": good[name]})
+    refused(f"missing: {name}", "not expected: model.layers.7.mlp.up_proj.weight")
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    tensors(folder, **{name: good[name], "model.layers.7.mlp.up_proj.weight": ..., bias: good[name]})
+    refused("missing: none", f"not expected: {bias}")
+    tensors(folder, **{bias: ..., name: np.ascontiguousarray(good[name].T)})
+    refused(f"tensor {name} has shape {list(shape[::-1])}", f"gives it {list(shape)}")
+    tensors(folder, **{name: good[name].astype(np.int8)})
+    refused(f"tensor {name} is I8")
+    tensors(folder, **{name: good[name].astype(ml_dtypes.bfloat16)})
+    refused(f"{name} is BF16", "one for all")
+
+    tensors(folder, **{name: good[name], hf.HEAD: good["model.embed_tokens.weight"]})
+    assert same(hf.load(folder)[0], make())
+    tensors(folder, **{hf.HEAD: good["model.embed_tokens.weight"] + 1})
+    refused("lm_head.weight differs from model.embed_tokens.weight")
+
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-5])
+    refused("no sound safetensors file")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    refused("no model.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused("split over several files")
+    (folder / "config.json").write_text("{")
+    refused("cannot be read as JSON")
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(UsageError, match="exists already"):
+        hf.save(tmp_path / "full", make(), CONFIG)
+    (tmp_path / "empty").mkdir()
+    hf.save(tmp_path / "empty", make(), CONFIG)
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf, "write_tensors", broken)
+    with pytest.raises(KeyboardInterrupt):
+        hf.save(tmp_path / "new", make(), CONFIG)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_tokenizer_refusals(tmp_path):
+    train_tokenizer(tmp_path / "tokenizer.json")
+    small = dataclasses.replace(CONFIG, vocab_size=299)
+    with pytest.raises(DataError, match="300 tokens, but the model's vocab_size is 299"):
+        hf.save(tmp_path / "hf", make(small), small, tokenizer=tmp_path)
+    odd = dataclasses.replace(CONFIG, vocab_size=400, pad_token_id=350)
+    with pytest.raises(DataError, match="pad_token_id is 350"):
+        hf.save(tmp_path / "hf", make(odd), odd, tokenizer=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convert_round_trip(dtype, tmp_path, capsys):
+    model = cast(make(), dtype)
+    train_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    hf.save(tmp_path / "a", model, CONFIG, tokenizer=tmp_path)
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == "{{ messages }}"
+    a, b, c = (str(tmp_path / x) for x in "abc")
+    assert convert.main([a, b, "--to", "orbax"]) == 0
+    assert convert.main([b, c, "--to", "hf"]) == 0
+    out, err = capsys.readouterr()
+    assert f"{CONFIG.parameters:,} parameters in {dtype}" in out.splitlines()[1] and "note" not in err
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "c" / file).read_bytes(), file
+
+    # A run and its checkpoint are the same weights.
+    for path in (b, f"{b}/checkpoints/0"):
+        loaded = weights.load(path)
+        assert same(loaded.model, model) and loaded.config == CONFIG and loaded.dtype == dtype
+        assert loaded.tokenizer.read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_convert_says_what_it_does(tmp_path, capsys, folder):
+    assert convert.main([str(folder), str(tmp_path / "half"), "--to", "hf", "--dtype", "bfloat16"]) == 0
+    out, err = capsys.readouterr()
+    assert "bfloat16" in out and "has no tokenizer.json" in err
+    assert same(weights.load(tmp_path / "half").model, cast(make(), "bfloat16"))
+    with pytest.raises(UsageError, match="exists already"):
+        convert.main([str(folder), str(folder), "--to", "orbax"])
+    assert weights.load(folder).tokenizer is None
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(UsageError, match="there is no .*nowhere; expected a run's folder"):
+        weights.load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is neither a run's folder"):
+        weights.load(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError):
+        weights.load(tmp_path / "run")

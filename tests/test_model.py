@@ -1,0 +1,114 @@
+"""model.py alone: sizes, initialisation, causality, precision. test_parity.py compares it with transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from smoljax import hf
+from smoljax.config import SIZES, Compute, Model
+from smoljax.model import SmolLM
+
+# The six released models in small: heads in the same ratios, same theta and positions; one head_dim is not
+# hidden_size / heads.
+SHAPES = {
+    "smollm-135m": Model(72, 192, 2, 9, 3, 8, vocab_size=300),
+    "smollm-360m": Model(120, 320, 2, 15, 5, 8, vocab_size=300),
+    "smollm-1.7b": Model(64, 256, 3, 4, 4, 16, vocab_size=300),
+    "smollm2-135m": Model(72, 192, 3, 9, 3, 16, 300, 8192, 100_000.0, initializer_range=1 / 24),
+    "smollm2-360m": Model(120, 320, 2, 15, 5, 8, 300, 8192, 100_000.0),
+    "smollm2-1.7b": Model(64, 256, 2, 4, 4, 16, 300, 8192, 130_000.0),
+}
+CONFIG = SHAPES["smollm2-135m"]
+
+
+def make(config: Model = CONFIG, seed: int = 0) -> SmolLM:
+    """A model with large random weights, norms included, so that each of them shows in the logits."""
+    model = SmolLM(config, nnx.Rngs(params=seed), init_std=0.15)
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(lambda w: w * noise.uniform(0.5, 1.5, w.shape).astype(np.float32), model)
+
+
+forward = jax.jit(SmolLM.__call__, static_argnames="compute")
+
+
+def tokens(*shape, seed: int = 0, vocab: int = CONFIG.vocab_size):
+    return np.random.default_rng(seed).integers(0, vocab, shape)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        (f"{family}-{size}", n)
+        for family in ("smollm", "smollm2")
+        for size, n in [("135m", 134_515_008), ("360m", 361_821_120), ("1.7b", 1_711_376_384)]
+    ],
+)
+def test_parameters_are_the_published_ones(name, count):
+    shapes = jax.tree.leaves(hf.abstract(SIZES[name]))
+    assert sum(w.size for w in shapes) == SIZES[name].parameters == count
+    assert len(shapes) == 11
+
+
+def test_initialisation():
+    model = SmolLM(Model(256, 512, 8, 4, 2, 64, vocab_size=1000), nnx.Rngs(params=0), init_std=0.03)
+    out = 0.03 / np.sqrt(2 * 8)
+    for name, std in dict(q=0.03, k=0.03, v=0.03, gate=0.03, up=0.03, o=out, down=out).items():
+        weights = np.asarray(getattr(model.layers, name))
+        assert weights.std() == pytest.approx(std, rel=0.01) and abs(weights.mean()) < std / 100
+        assert not np.array_equal(weights[0], weights[1])
+    assert np.asarray(model.embed).std() == pytest.approx(0.03, rel=0.01)
+    assert (np.asarray(model.layers.attn_norm) == 1).all() and (np.asarray(model.norm) == 1).all()
+    assert {w.dtype for w in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+
+
+def influence(model, row, segments=None):
+    """[t, s]: how much the last norm's output at t moves with the embedding read at s; the row's tokens differ."""
+
+    def outputs(model):
+        x = model.trunk(row[None], segments)[0][0]
+        return jnp.sum(x * jnp.sin(jnp.arange(x.shape[-1])), axis=-1)
+
+    jacobian = jax.jit(jax.jacrev(outputs))(model).embed[...]
+    return np.abs(np.asarray(jacobian))[:, row].sum(axis=-1)
+
+
+def test_causality_by_gradients():
+    seen = influence(make(), np.random.default_rng(0).permutation(CONFIG.vocab_size)[:12])
+    past = np.tri(12, dtype=bool)
+    assert (seen[~past] == 0).all() and (seen[past] > 0).all()
+
+
+def test_documents_do_not_see_each_other():
+    documents = np.array([1] * 5 + [2] * 1 + [3] * 6)
+    seen = influence(make(), np.random.default_rng(0).permutation(CONFIG.vocab_size)[:12], documents[None])
+    visible = np.tri(12, dtype=bool) & (documents[:, None] == documents)
+    assert (seen[~visible] == 0).all() and (seen[visible] > 0).all()
+
+
+def test_packed_documents_equal_each_alone():
+    model, lengths = make(), (7, 1, 9)
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    segments = np.repeat([1, 2, 3], lengths)[None]
+    packed = forward(model, np.concatenate(documents, axis=1), segments)
+    alone = np.concatenate([forward(model, d) for d in documents], axis=1)
+    np.testing.assert_allclose(packed, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("id", [CONFIG.vocab_size, -1])
+def test_id_outside_the_vocabulary_gives_nan(id):
+    row = tokens(1, 6)
+    row[0, 2] = id
+    assert np.isnan(forward(make(), row)[0, 2:]).all()
+
+
+def test_compute_settings_change_nothing():
+    model, row = make(), tokens(2, 16)
+    logits = forward(model, row)
+    assert logits.dtype == jnp.float32
+    for compute in (Compute(remat=True), Compute(unroll=2), Compute(unroll=99)):
+        np.testing.assert_allclose(forward(model, row, compute=compute), logits, atol=1e-5)
+    half = forward(model, row, compute=Compute(dtype="bfloat16"))
+    assert half.dtype == jnp.float32
+    assert np.abs(half - logits).max() < 0.05 * np.abs(logits).max()

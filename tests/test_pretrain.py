@@ -1,0 +1,208 @@
+"""`smoljax pretrain` from outside: resume bit for bit, other meshes, extension, and a user's mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import corpus
+import jax
+import numpy as np
+import pytest
+
+from smoljax import checkpoint, metrics
+from smoljax.errors import run
+from train import pretrain
+
+V = 64
+CONFIG = """
+from smoljax.config import Data, Model, Optim, Train
+
+config = Train(
+    model=Model(48, 96, 2, 4, 2, head_dim=12, vocab_size=64, max_position_embeddings=64),
+    steps=4,
+    data=Data(seq_len=32, batch_size=8, mask_documents=True),
+    optim=Optim(lr=1e-2, warmup_steps=1),
+    save_every=2,
+    init_std=0.1,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a config, shards, and shards of other text."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    (folder / "tiny.py").write_text(CONFIG)
+    corpus.write(folder / "shards", corpus.documents(200, V), V)
+    corpus.write(folder / "others", corpus.documents(200, V, seed=1), V)
+    return folder
+
+
+def words(place, name, *settings):
+    return [str(place / "tiny.py"), f"data.sources={place / 'shards'}", f"run={place / name}", *settings]
+
+
+def arrays(folder, step):
+    """Every array of a checkpoint by name, read without the code under test's trees."""
+    from orbax.checkpoint import v1 as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.training.Checkpointer(folder / "checkpoints") as orbax:
+        saved = orbax.checkpointables_metadata(step).metadata
+        wanted = {
+            k: {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in saved[k].items()}
+            for k in ("model", "opt")
+        }
+        found = orbax.load_checkpointables(step, wanted)
+    return {f"{k}.{n}": np.asarray(a) for k, tree in found.items() for n, a in tree.items()}
+
+
+def process(*argv, devices=8, **kw):
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen([sys.executable, "-m", "train.pretrain", *argv], env=env, cwd=ROOT, **kw)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def losses(folder):
+    return [(r["step"], r["train/loss"], r["train/grad_norm"], r["train/lr"]) for r in metrics.read(folder)]
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
+    argv = ("steps=60", "save_every=5", "keep=3")
+    assert pretrain.main(words(place, "whole", *argv)) == 0
+    child = process(*words(place, "killed", *argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not any((place / "killed/checkpoints").glob("[0-9]*/commit_success.txt")):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    with checkpoint.Checkpoints(place / "killed") as saved:
+        assert 0 < saved.latest < 60
+    assert pretrain.main(words(place, "killed", *argv)) == 0
+
+    whole, killed = (arrays(place / name, 60) for name in ("whole", "killed"))
+    assert (
+        whole.keys() == killed.keys() and {"model.layers.q", "opt.1.0.mu.layers.q", "opt.1.0.nu.embed"} < whole.keys()
+    )
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], killed[name], err_msg=name)
+    assert losses(place / "whole") == losses(place / "killed")
+    assert [r["step"] for r in metrics.read(place / "killed")] == list(range(1, 61))
+    assert losses(place / "whole")[-1][1] < 0.6 * losses(place / "whole")[0][1]
+
+
+def test_a_run_on_8_devices_goes_on_on_4(place):
+    assert pretrain.main(words(place, "eight", "steps=4", "mesh.fsdp=4", "mesh.tensor=2")) == 0
+    assert pretrain.main(words(place, "four", "steps=2", "mesh.fsdp=4", "mesh.tensor=2")) == 0
+    child = process(*words(place, "four", "steps=4", "mesh.data=2", "mesh.fsdp=2"), devices=4, stderr=subprocess.PIPE)
+    _, stderr = child.communicate()
+    assert child.returncode == 0, stderr
+    assert b"resuming with mesh.fsdp = 2 (was 4)" in stderr and b"4 x cpu" in stderr
+    eight, four = losses(place / "eight"), losses(place / "four")
+    assert [s for s, *_ in four] == [1, 2, 3, 4]
+    np.testing.assert_allclose([x[1] for x in eight], [x[1] for x in four], atol=1e-5)
+    for (name, a), b in zip(arrays(place / "eight", 4).items(), arrays(place / "four", 4).values(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+
+
+def test_the_run_folder_holds_what_the_readme_says(place, capsys):
+    argv = words(place, "folder", "steps=6", "keep=1", "keep_every=4")
+    assert pretrain.main(argv) == 0
+    out = capsys.readouterr()
+    assert out.out.startswith(f"{place / 'folder'}: 6 steps, 1.54k tokens, loss ")
+    assert "step 6/6" in out.err and "parameters, float32" in out.err and "from scratch" in out.err
+    assert sorted(p.name for p in (place / "folder/checkpoints").iterdir()) == ["4", "6"]
+    assert (place / "folder/curves.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((place / "folder/config.json").read_text())
+    assert saved["optim"]["lr"] == 1e-2 and saved["steps"] == 6 and saved["model"]["hidden_size"] == 48
+    assert (place / "folder/tokenizer.json").read_bytes() == (place / "shards/tokenizer.json").read_bytes()
+    records = metrics.read(place / "folder")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert records[3]["train/tokens"] == 4 * 8 * 32
+    assert {"train/tokens_per_sec", "train/step_time_s", "train/data_wait_s", "host/rss_gb"} < records[3].keys()
+    assert pretrain.main(argv) == 0  # nothing left to do
+    assert "is complete: 6 steps" in capsys.readouterr().out
+
+
+def test_init_from_takes_the_weights_and_not_the_moments(place):
+    assert pretrain.main(words(place, "base", "steps=4")) == 0
+    longer = ("model.max_position_embeddings=256", "model.rope_theta=100000", "data.seq_len=128", "data.batch_size=8")
+    argv = words(
+        place, "longer", *longer, f"init_from={place / 'base'}", "optim.warmup_steps=2", "steps=2", "save_every=1"
+    )
+    assert pretrain.main([*argv, "keep=5"]) == 0
+    base, first = arrays(place / "base", 4), arrays(place / "longer", 1)
+    for name in base:  # warmup starts at learning rate 0, so the first update moves nothing
+        if name.startswith("model."):
+            np.testing.assert_array_equal(base[name], first[name], err_msg=name)
+    assert any((base[n] != first[n]).any() for n in base if ".mu." in n)
+    _, config, step = checkpoint.load_model(place / "longer")
+    assert (config.rope_theta, config.max_position_embeddings, step) == (100_000, 256, 2)
+
+
+MISTAKES = {
+    "unknown key": (["optim.lrr=1"], 2, "unknown setting 'optim.lrr' in Optim; did you mean 'lr'?"),
+    "wrong type": (["steps=ten"], 2, "steps is int, got 'ten'"),
+    "heads": (["model.num_key_value_heads=3"], 2, "not a multiple of model.num_key_value_heads = 3"),
+    "too long": (["data.seq_len=65"], 2, "beyond model.max_position_embeddings = 64"),
+    "missing shards": (["data.sources=nowhere"], 3, "no shards at nowhere"),
+    "vocabulary": (["model.vocab_size=40"], 3, "beyond model.vocab_size = 40"),
+    "mesh": (["mesh.tensor=3"], 2, "found 8; set mesh.data"),
+    "rows": (["data.batch_size=12"], 2, "does not split over 8 devices"),
+    "missing weights": (["init_from=nowhere"], 2, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(place, capsys, name):
+    settings, code, sentence = MISTAKES[name]
+    assert run(pretrain.main, words(place, f"mistake-{name}", *settings)) == code
+    err = capsys.readouterr().err.strip()
+    assert sentence in err and err.count("\n") == 0 and err.startswith("smoljax: "), err
+
+
+def test_a_run_goes_on_only_as_itself(place, capsys):
+    assert pretrain.main(words(place, "itself")) == 0
+    capsys.readouterr()
+    assert run(pretrain.main, words(place, "itself", "steps=6", "model.hidden_size=64", "seed=1")) == 2
+    err = capsys.readouterr().err
+    assert "is a run of another config: model.hidden_size = 64 (the run has 48), seed = 1 (the run has 0)" in err
+    assert run(pretrain.main, words(place, "itself", "steps=6", f"data.sources={place / 'others'}")) == 3
+    assert "was trained on other data" in capsys.readouterr().err
+    assert run(pretrain.main, words(place, "itself", "steps=6", "optim.lr=1e-3")) == 0
+    assert "resuming with optim.lr = 0.001 (was 0.01)" in capsys.readouterr().err
+
+    (place / "papers").mkdir()
+    (place / "papers/thesis.txt").write_text("mine")
+    assert run(pretrain.main, words(place, "papers")) == 2
+    assert "is not empty and not a run" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(place, capsys):
+    argv = words(place, "nan", "steps=8", "optim.lr=1e30", "optim.clip=1e30", "init_std=1e18")
+    assert run(pretrain.main, argv) == 1
+    assert "the run stops here" in capsys.readouterr().err
+    with checkpoint.Checkpoints(place / "nan") as saved:
+        assert saved.latest is None
+
+
+def test_a_truncated_shard_is_named_before_a_step(place, capsys, tmp_path):
+    folder = corpus.write(tmp_path / "cut", corpus.documents(50, V), V)
+    data = (folder / "00001.ds").read_bytes()
+    (folder / "00001.ds").write_bytes(data[:-2])
+    assert run(pretrain.main, words(place, "cut", f"data.sources={folder}")) == 3
+    assert f"00001.ds has {len(data) - 2} bytes, expected {len(data)}" in capsys.readouterr().err
+    assert not (place / "cut").exists()
+
+
+def test_one_step_program_is_compiled(place, caplog):
+    with jax.log_compiles():
+        assert pretrain.main(words(place, "compiled", "steps=5", "data.seq_len=24")) == 0
+    assert sum("Compiling jit(train_step)" in r.getMessage() for r in caplog.records) == 1
+    records = metrics.read(place / "compiled")
+    assert "train/compile_s" in records[0] and all("train/compile_s" not in r for r in records[1:])
