@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 LINES = [
     {"errors"},
     {"config"},
-    {"settings", "sharding", "rope", "attention", "tokenizer", "shards"},
+    {"settings", "sharding", "rope", "attention", "tokenizer", "shards", "text", "encode"},
     {"model"},
     {"loss", "hf", "decode", "optim", "step"},
 ]
@@ -28,14 +28,11 @@ THIRD_PARTY = {
     "orbax": {"smoljax.checkpoint"},
     "grain": {"smoljax.data"},
     "tokenizers": {"smoljax.tokenizer"},
-    "jinja2": {"smoljax.tokenizer"},
-    "rich": {"smoljax.metrics", "smoljax.train.prepare"},
+    "rich": {"smoljax.metrics", "smoljax.encode"},
     "matplotlib": {"smoljax.curves"},
-    "datatrove": {"smoljax.train.prepare"},
-    "multiprocess": {"smoljax.train.prepare"},
-    "pyarrow": {"smoljax.train.prepare"},
-    "zstandard": {"smoljax.train.prepare"},
-    "orjson": {"smoljax.train.prepare"},
+    "datatrove": {"smoljax.encode"},
+    "pyarrow": {"smoljax.text"},
+    "orjson": {"smoljax.text"},
     "torch": {"smoljax.train.bench", "smoljax.infer.bench"},
     "transformers": {"smoljax.train.bench", "smoljax.infer.bench"},
 }

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from smoljax import encode, text
 from smoljax import tokenizer as tok
 from smoljax.errors import DataError, UsageError
 from smoljax.shards import Shards
+from smoljax.text import documents
 from train import prepare
 
 # Unlike in size and letters; one speaks of the EOS token itself.
@@ -87,10 +89,10 @@ def test_every_format_gives_the_same_documents(go, tmp_path, tokenizer):
     }
     inputs = [put(tmp_path / name, data) for name, data in forms.items()] + [tmp_path / "a.parquet"]
     folder = tmp_path / "texts"
-    for i, text in enumerate(TEXTS):
+    for i, content in enumerate(TEXTS):
         form = i % 4
         name = f"{i % 5}/{i}" + [".txt", ".md", ".py.gz", ".txt.zst"][form]
-        data = text.encode()
+        data = content.encode()
         put(folder / name, gzip.compress(data) if form == 2 else zstandard.compress(data) if form == 3 else data)
     truth = encoded(tokenizer)
     for number, source in enumerate([*inputs, folder]):
@@ -132,7 +134,7 @@ def test_the_manifest_accounts_for_everything(go, tmp_path, tokenizer):
 
 
 def test_workers_do_not_change_a_byte(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "TASK", 2000)
+    monkeypatch.setattr(encode, "TASK", 2000)
     for i in range(6):
         put(tmp_path / f"in/{i}.jsonl", LINES)
     go(tmp_path / "in", output="two", workers=1)
@@ -175,26 +177,24 @@ def test_bad_parquet_rows_and_blank_lines_are_named(tmp_path):
     raw = pa.array([b"ok", b"\xff", None, b""], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
-    found = [(line, why) for line, _, why, _ in prepare.documents(tmp_path / "a.parquet", "text") if why]
+    found = [(line, why) for line, _, why, _ in documents(tmp_path / "a.parquet", "text") if why]
     assert [line for line, _ in found] == [2, 3, 4] and [why[:5] for _, why in found] == ["not U", "null", "empty"]
     file = put(tmp_path / "a.jsonl", b'{"text": "x"}\n\n{"text": "y"}\r\n')
-    assert [why for *_, why, _ in prepare.documents(file, "text")] == [None, "empty", None]
+    assert [why for *_, why, _ in documents(file, "text")] == [None, "empty", None]
     file = put(tmp_path / "a.txt", b"one\ntwo\xff")
-    assert [(line, why[:9]) for line, _, why, _ in prepare.documents(file, "text")] == [(2, "not UTF-8")]
-    assert [why for *_, why, _ in prepare.documents(put(tmp_path / "b.jsonl", b""), "text")] == [
-        "no document in the file"
-    ]
+    assert [(line, why[:9]) for line, _, why, _ in documents(file, "text")] == [(2, "not UTF-8")]
+    assert [why for *_, why, _ in documents(put(tmp_path / "b.jsonl", b""), "text")] == ["no document in the file"]
 
 
 def test_a_bomb_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LIMIT", 1000)
+    monkeypatch.setattr(text, "LIMIT", 1000)
     bomb = put(
         tmp_path / "a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' + b"0" * 5_000_000 + b"\n" + b'{"text": "b"}')
     )
-    found = [(line, text, why) for line, text, why, _ in prepare.documents(bomb, "text")]
+    found = [(line, text, why) for line, text, why, _ in documents(bomb, "text")]
     assert found[0] == (1, "a", None) and found[1][2].startswith("longer than") and found[2] == (3, "b", None)
     whole = put(tmp_path / "a.txt.gz", gzip.compress(b"0" * 5_000_000))
-    assert [why[:11] for *_, why, _ in prepare.documents(whole, "text")] == ["longer than"]
+    assert [why[:11] for *_, why, _ in documents(whole, "text")] == ["longer than"]
 
 
 @pytest.mark.parametrize("form", ["gz", "zst", "parquet"])
