@@ -146,10 +146,10 @@ def complete(
     """
     how = Sampling(temperature, top_k, top_p)
     prompts = check(model.config, prompts, max_new_tokens)
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
     require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
     require(all(0 <= s < 2**32 for s in seeds), f"seed is {seed}, expected 0 or more, below 2**32")
-    eos = {eos} if isinstance(eos, int) else set(eos)
+    eos = {eos} if np.ndim(eos) == 0 else set(eos)
     if not prompts:
         return []
 
@@ -178,7 +178,8 @@ def complete(
 
 def check(config: Model, prompts, max_new_tokens: int) -> list[list[int]]:
     """The prompts as lists of ints, each id in the vocabulary, each fitting into the model's positions."""
-    require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+    whole = isinstance(max_new_tokens, int) and max_new_tokens >= 1
+    require(whole, f"max_new_tokens is {max_new_tokens!r}, expected a whole number, 1 or more")
     V, S = config.vocab_size, config.max_position_embeddings
     checked = []
     for i, prompt in enumerate(prompts, start=1):
@@ -188,9 +189,8 @@ def check(config: Model, prompts, max_new_tokens: int) -> list[list[int]]:
             raise UsageError(f"prompt {i} is {prompt!r:.60}, expected a list of token ids") from None
         require(bool(ids), f"prompt {i} is empty; give at least one token, such as the model's bos_token_id")
         for token in ids:
-            require(
-                0 <= token < V, f"prompt {i} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary"
-            )
+            known = 0 <= token < V
+            require(known, f"prompt {i} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary")
         require(
             len(ids) + max_new_tokens <= S,
             f"prompt {i} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that is beyond the model's "

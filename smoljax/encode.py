@@ -266,7 +266,7 @@ def publish(reader: Reader, out: Path, manifest: dict) -> None:
         if file.name not in keep and file.name.endswith((".ds", ".ds.index", ".ds.metadata")):
             file.unlink()
     for folder in (out / ".prepare").iterdir():
-        if folder.is_dir() and folder != reader.work:
+        if folder.is_dir() and folder.name != reader.work.name:  # out may be relative, work is not
             shutil.rmtree(folder)
     shutil.rmtree(reader.work / "parts")
     (reader.work / "progress").unlink()

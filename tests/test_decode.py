@@ -53,7 +53,7 @@ def test_batch_equals_each_row_alone(model, how):
 
 
 def test_a_seed_for_each_row(model):
-    rows = decode.generate(model, [PROMPTS[0]] * 3, 8, temperature=1.5, seed=[1, 2, 1])
+    rows = decode.generate(model, [PROMPTS[0]] * 3, 8, temperature=1.5, seed=np.array([1, 2, 1]))
     assert rows[0] == rows[2] != rows[1]
 
 
@@ -153,6 +153,7 @@ def test_sampling_extremes():
         ([5], {}, "expected a list of token ids"),
         ([[1] * 8000], {"max_new_tokens": 193}, "8000 tokens; with max_new_tokens = 193"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"max_new_tokens": 4.0}, "max_new_tokens is 4.0"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),

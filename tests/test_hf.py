@@ -16,6 +16,7 @@ from test_model import CONFIG, SHAPES, make
 
 from infer import convert
 from smoljax import hf, tokenizer, weights
+from smoljax.config import SIZES
 from smoljax.errors import CheckpointError, DataError, UsageError
 
 TEXT = Path(__file__).read_text()
@@ -96,6 +97,17 @@ def test_config_as_transformers_4_and_5_write_it(folder):
     edit(folder, hidden_act=..., attention_bias=..., mlp_bias=..., rope_scaling=..., use_cache=..., pad_token_id=...)
     edit(folder, rope_interleaved=False, is_llama_config=True)
     assert hf.load(folder)[1] == CONFIG
+
+
+def test_the_published_config_is_read_in_silence(caplog):
+    published = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range":
+        0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true, "max_position_embeddings": 8192,
+        "mlp_bias": false, "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30,
+        "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": false,
+        "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.1", "use_cache": true, "vocab_size": 49152}"""  # SmolLM2-135M's
+    assert hf.from_config(json.loads(published)) == SIZES["smollm2-135m"] and not caplog.text
 
 
 def test_absent_head_sizes(tmp_path):

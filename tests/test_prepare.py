@@ -36,13 +36,14 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def go(tmp_path, tokenizer, capsys):
-    """Run prepare in this process: its JSON summary."""
+def go(tmp_path, tokenizer, capsys, monkeypatch):
+    """Run prepare in this process, in tmp_path: its JSON summary."""
+    monkeypatch.chdir(tmp_path)
 
     def call(*inputs, output="out", **options):
         options = {"tokenizer": tokenizer, "workers": 1} | options
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not None]
-        prepare.main([*map(str, inputs), "--output", str(tmp_path / output), *flags, "--json"])
+        prepare.main([*map(str, inputs), "--output", output, *flags, "--json"])  # relative, as people type it
         return json.loads(capsys.readouterr().out)
 
     return call
