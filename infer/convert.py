@@ -4,7 +4,6 @@
 """
 
 import argparse
-import shutil
 import sys
 
 from smoljax.errors import run
@@ -21,17 +20,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
-    from smoljax import checkpoint, hf, runtime, tokenizer, weights
+    from smoljax import atomic, checkpoint, hf, runtime, tokenizer, weights
 
     runtime.start()
-    with hf.fresh(args.dst) as part:  # refuses a DST that exists before any weight is read
-        loaded = weights.load(args.src, args.dtype)
+    with atomic.fresh(args.dst) as part:  # refuses a DST that exists before any weight is read
+        loaded = weights.read(args.src, args.dtype)
         if args.to == "hf":
             hf.save(part, loaded.model, loaded.config, tokenizer=loaded.tokenizer)
         else:
             checkpoint.save_model(part, loaded.model, loaded.config)
             if loaded.tokenizer:
-                shutil.copyfile(tokenizer.find(loaded.tokenizer), part / "tokenizer.json")
+                atomic.copy(tokenizer.find(loaded.tokenizer), part / "tokenizer.json")
     if loaded.tokenizer is None:
         print(f"smoljax: note: {args.src} has no tokenizer.json, so {args.dst} has none", file=sys.stderr)
     print(f"wrote {args.dst}: {loaded.config.parameters:,} parameters in {loaded.dtype}, from {loaded.source}")

@@ -31,7 +31,7 @@ def main(argv=None) -> int:
     decode.Sampling(args.temperature, args.top_k, args.top_p)  # a wrong setting is said before weights are read
     require(args.max_new_tokens >= 1, f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more")
     runtime.start()
-    loaded = weights.load(args.model)
+    loaded = weights.read(args.model)
     if loaded.tokenizer is None:
         raise UsageError(f"{args.model} has no tokenizer.json, which --prompt needs; copy the model's into the folder")
     words = tokenizer.load(loaded.tokenizer)

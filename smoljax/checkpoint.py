@@ -9,10 +9,7 @@ by name ("layers.q", "opt.1.0.mu.layers.q"), so the files know no class of ours,
 """
 
 import dataclasses
-import json
 import logging
-import os
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from smoljax import settings
+from smoljax import atomic, settings
 from smoljax.config import Model
-from smoljax.errors import CheckpointError, require
+from smoljax.errors import CheckpointError
 from smoljax.model import SmolLM
 from smoljax.step import TrainState
 
@@ -171,13 +168,9 @@ def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int
 
 
 def save_model(folder: Path, model: SmolLM, config: Model):
-    """A folder that load_model and `init_from` read, with one checkpoint 0; it appears when it is complete."""
-    folder = Path(folder).resolve()
-    require(not folder.exists() or not any(folder.iterdir()), f"{folder} exists already; name a new folder")
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    """A folder that load_model and `init_from` read, with one checkpoint 0."""
     metadata = {"config": {"model": dataclasses.asdict(config)}}
-    with Checkpoints(part) as checkpoints:
-        checkpoints.save(0, metadata, model=model)
-    (part / "config.json").write_text(json.dumps(metadata["config"], indent=1))
-    os.replace(part, folder)
+    with atomic.fresh(folder) as part:
+        with Checkpoints(part) as checkpoints:
+            checkpoints.save(0, metadata, model=model)
+        atomic.write_json(part / "config.json", metadata["config"])

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smoljax import atomic
 from smoljax import tokenizer as tok
 from smoljax.errors import DataError
 from smoljax.shards import FORMAT, VERSION, sha256
@@ -55,7 +56,7 @@ class Reader:
             counts[rank, 0] = read
             sources.append(good)
         ledger = {"documents_in": sum(sources) + len(refused), "text_bytes": text_bytes}
-        write(self.work / "ledger" / f"{rank:05d}.json", ledger | {"refused": refused, "sources": sources})
+        atomic.write_json(self.work / "ledger" / f"{rank:05d}.json", ledger | {"refused": refused, "sources": sources})
 
 
 def start_worker(log: Path, threads: int, stop):
@@ -192,13 +193,6 @@ def watch(tasks: list, counts: np.ndarray, total: int) -> None:
                 say(f"{seen:,} documents, {read / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rest}")
 
 
-def write(path: Path, content: dict) -> None:
-    """JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def describe(reader: Reader, out: Path, tokenizer, settings: dict, ignored: list[str]) -> dict:
     """Count and hash what the tasks wrote: the manifest."""
     ledgers = [json.loads((reader.work / f"ledger/{rank:05d}.json").read_text()) for rank in range(len(reader.tasks))]
@@ -259,9 +253,8 @@ def publish(reader: Reader, out: Path, manifest: dict) -> None:
     for name in keep:
         if (part := reader.work / "parts" / name).exists():
             os.replace(part, out / name)
-    shutil.copyfile(reader.work / "tokenizer.json", out / "tokenizer.json.tmp")
-    os.replace(out / "tokenizer.json.tmp", out / "tokenizer.json")
-    write(out / "manifest.json", manifest)
+    atomic.copy(reader.work / "tokenizer.json", out / "tokenizer.json")
+    atomic.write_json(out / "manifest.json", manifest)
     for file in out.iterdir():
         if file.name not in keep and file.name.endswith((".ds", ".ds.index", ".ds.metadata")):
             file.unlink()

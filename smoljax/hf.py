@@ -2,16 +2,13 @@
 
 One table says where each of the eleven arrays lies in a LlamaForCausalLM and how its axes are ordered there. Read
 forward it imports, read backward it exports. Strict in both directions: every tensor is consumed and every parameter
-set, and a config.json key that asks for other mathematics than model.py's is refused by its name.
+set. hf_config.py is the same for config.json.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
-import logging
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -23,9 +20,11 @@ from einops import rearrange
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from smoljax import atomic
 from smoljax import tokenizer as tokenizers
 from smoljax.config import Model
-from smoljax.errors import DataError, Error, UsageError, require
+from smoljax.errors import DataError, require
+from smoljax.hf_config import read_config, read_json, to_config
 from smoljax.model import SmolLM
 
 # ours: (Hugging Face's name with {} for the layer, axes there -> axes here). A torch Linear is [out, in]; q and k are
@@ -45,108 +44,6 @@ TABLE = {
 }
 HEAD = "lm_head.weight"  # absent where the head is tied; some writers store the copy all the same
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-# Keys of a config.json with the one value that model.py computes. The second table may be absent: these are
-# transformers' defaults, or keys by which relatives of Llama depart from it.
-REQUIRED = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
-NEUTRAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-NEUTRAL |= {"rope_interleaved": False, "partial_rotary_factor": 1.0, "no_rope_layers": None, "layer_types": None}
-NEUTRAL |= {"sliding_window": None, "use_sliding_window": False, "qk_norm": False, "use_qk_norm": False}
-NEUTRAL |= {"logits_scaling": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logit_scale": 1.0}
-NEUTRAL |= {"attention_multiplier": None, "final_logit_softcapping": None, "attn_logit_softcapping": None}
-NEUTRAL |= {"quantization_config": None, "auto_map": None, "is_encoder_decoder": False, "add_cross_attention": False}
-NEUTRAL |= {"pruned_heads": {}}
-# Keys that say nothing about the mathematics.
-HARMLESS = {"dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "is_llama_config"}
-HARMLESS |= {"_name_or_path", "transformers.js_config", "rope_theta", "rope_parameters", "rope_scaling"}
-HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type"}
-HARMLESS |= {"id2label", "label2id", "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed"}
-
-
-# ---------------------------------------------------------------------------------------------------- config.json
-
-
-def read_json(file: Path) -> dict:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise DataError(f"{file} cannot be read as JSON ({e})") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{file} holds a {type(found).__name__}, expected a JSON object")
-    return found
-
-
-def read_config(folder: Path) -> Model:
-    """The Model in a folder's config.json; a key that asks for something else is a DataError with its name."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise DataError(f"{folder} holds no config.json, so it is no Hugging Face model folder")
-    try:
-        return from_config(read_json(file))
-    except Error as e:
-        raise e if str(file) in str(e) else DataError(f"{file}: {e}") from None
-
-
-def from_config(found: dict) -> Model:
-    for key, expected in (NEUTRAL | REQUIRED).items():
-        value = found.get(key, expected if key in NEUTRAL else "absent")
-        if value != expected or (isinstance(expected, bool) and value is not expected):
-            raise DataError(f"{key} is {json.dumps(value)}; smoljax computes {json.dumps(expected)} and nothing else")
-    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
-    whole = type(width) is int and type(heads) is int and heads > 0 and width % heads == 0
-    # What transformers fills in, too. Its other defaults are guesses: here each of the other keys must be there.
-    defaults = {"num_key_value_heads": heads, "head_dim": width // heads if whole else None, "initializer_range": 0.02}
-    fields, absent = {"rope_theta": rope_theta(found)}, []
-    for name in (f.name for f in dataclasses.fields(Model) if f.name != "rope_theta"):
-        value = found.get(name)
-        fields[name] = defaults.get(name) if value is None else value
-        if isinstance(value, list):
-            raise DataError(f"{name} is the list {value}; smoljax has one value there")
-        if fields[name] is None and name != "pad_token_id" and not (name in found and name.endswith("_token_id")):
-            absent.append(name)
-    if absent:
-        raise DataError(f"{', '.join(absent)} absent; expected the keys of a LlamaForCausalLM")
-    unknown = sorted(set(found) - set(fields) - set(REQUIRED) - set(NEUTRAL) - HARMLESS)
-    if unknown:
-        logging.getLogger("smoljax").warning("config.json: a Llama has no %s; not used", ", ".join(map(repr, unknown)))
-    return Model(**fields)
-
-
-def rope_theta(found: dict) -> float:
-    """From `rope_theta` (transformers 4), `rope_parameters` (5) or both, which then must agree; there is no default."""
-    thetas = {}
-    if found.get("rope_theta") is not None:
-        thetas["rope_theta"] = found["rope_theta"]
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = found.get(key) or {}
-        if not isinstance(rope, dict):
-            raise DataError(f"{key} is {json.dumps(rope)}, expected an object or null")
-        for name, value in rope.items():
-            if name == "rope_theta":
-                thetas[f"{key}.rope_theta"] = value
-            elif (name, value) not in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)):
-                raise DataError(
-                    f"{key}.{name} is {json.dumps(value)}; smoljax computes the default rotary embedding only"
-                )
-    if not thetas:
-        raise DataError("rope_theta is absent, in rope_parameters too; add the theta that the model was trained with")
-    for key, value in thetas.items():
-        if type(value) not in (int, float):
-            raise DataError(f"{key} is {json.dumps(value)}, expected a number")
-    if len(set(thetas.values())) > 1:
-        raise DataError(f"{' and '.join(f'{k} = {v}' for k, v in thetas.items())} contradict each other; remove one")
-    return next(iter(thetas.values()))
-
-
-def to_config(config: Model, dtype: str) -> dict:
-    """What transformers 4 and 5 both read: 4 wants rope_theta and torch_dtype, 5 rope_parameters and dtype."""
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    neutral = {key: NEUTRAL[key] for key in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")}
-    other = {"rope_parameters": rope, "rope_scaling": None, "dtype": dtype, "torch_dtype": dtype, "use_cache": True}
-    return REQUIRED | dataclasses.asdict(config) | neutral | other
-
-
-# ------------------------------------------------------------------------------------------------------- weights
 
 
 def abstract(config: Model) -> SmolLM:
@@ -259,30 +156,13 @@ def save(
     """
     dtype = dtype or str(model.embed.dtype)
     require(dtype in DTYPES.values(), f"dtype is {dtype!r}, expected one of {', '.join(DTYPES.values())}")
-    with fresh(folder) as part:
-        write_json(part / "config.json", to_config(config, dtype))
+    with atomic.fresh(folder) as part:
+        atomic.write_json(part / "config.json", to_config(config, dtype))
         special = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        write_json(part / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+        atomic.write_json(part / "generation_config.json", {k: v for k, v in special.items() if v is not None})
         if tokenizer is not None:
             save_tokenizer(part, Path(tokenizer), config)
         write_tensors(part / "model.safetensors", model, config, dtype)
-
-
-@contextlib.contextmanager
-def fresh(folder: str | Path):
-    """A temporary sibling that becomes `folder` when the block ends well and vanishes when it does not."""
-    folder = Path(folder).absolute()
-    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    require(free, f"{folder} exists already; name a new folder")
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, folder)
-    except OSError as e:
-        raise UsageError(f"{folder} cannot be written: {e.strerror or e}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_tensors(file: Path, model: SmolLM, config: Model, dtype: str):
@@ -332,8 +212,4 @@ def save_tokenizer(folder: Path, source: Path, config: Model):
         shutil.copyfile(template, folder / template.name)
     if (old := source.with_name("tokenizer_config.json")).is_file() and "chat_template" in (found := read_json(old)):
         settings["chat_template"] = found["chat_template"]
-    write_json(folder / "tokenizer_config.json", settings)
-
-
-def write_json(file: Path, value: dict):
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    atomic.write_json(folder / "tokenizer_config.json", settings)

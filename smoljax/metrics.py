@@ -1,12 +1,12 @@
 """Where numbers go: metrics.jsonl, the source of truth, and one progress line; throughput and MFU."""
 
 import json
-import os
 import resource
 import sys
 import time
 from pathlib import Path
 
+from smoljax import atomic
 from smoljax.config import Model
 
 # Dense bf16 peak, TFLOP/s per device, by the words in jax.Device.device_kind (vendors' data sheets).
@@ -56,9 +56,7 @@ class Log:
 
     def __init__(self, run: Path, step: int, steps: int):
         kept = [r for r in read(run) if r["step"] <= step]
-        part = Path(run) / "metrics.jsonl.part"
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(part, Path(run) / "metrics.jsonl")
+        atomic.write(Path(run) / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
         self.file = open(Path(run) / "metrics.jsonl", "a")
         self.begun, self.first, self.steps, self.shown = time.monotonic(), step, steps, 0.0
         self.bar = progress_bar(step, steps) if sys.stderr.isatty() else None

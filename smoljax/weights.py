@@ -6,6 +6,7 @@ from pathlib import Path
 from smoljax import checkpoint, hf
 from smoljax.config import Model
 from smoljax.errors import DataError, require
+from smoljax.hf_config import read_json
 from smoljax.model import SmolLM
 
 
@@ -18,7 +19,12 @@ class Weights:
     source: str  # what was read, for people
 
 
-def load(path: str | Path, dtype: str | None = None) -> Weights:
+def load(path: str | Path, dtype: str | None = None) -> SmolLM:
+    """The model alone; see `read`."""
+    return read(path, dtype).model
+
+
+def read(path: str | Path, dtype: str | None = None) -> Weights:
     """Weights from a run (its newest checkpoint), a checkpoint (RUN/checkpoints/STEP) or a Hugging Face folder.
 
     Args:
@@ -33,7 +39,7 @@ def load(path: str | Path, dtype: str | None = None) -> Weights:
         model, config, step = checkpoint.load_model(path, dtype)
         folder = path if (path / "checkpoints").is_dir() else path.resolve().parent.parent
         source = f"step {step} of {folder}"
-    elif (path / "config.json").is_file() and "model" not in hf.read_json(path / "config.json"):
+    elif (path / "config.json").is_file() and "model" not in read_json(path / "config.json"):
         model, config = hf.load(path, dtype)
         folder, source = path, f"Hugging Face folder {path}"
     else:

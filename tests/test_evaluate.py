@@ -48,7 +48,7 @@ def test_loss_perplexity_bits_and_positions_are_those_computed_by_hand(place, ca
     assert evaluate.main([str(place / "run"), "--data", str(place / "shards"), "--batch-size", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     stream = [t for d in corpus.documents(60, V) for t in d]
-    nats, positions = by_hand(weights.load(place / "run").model, stream)
+    nats, positions = by_hand(weights.read(place / "run").model, stream)
     assert found["tokens"] == len(stream) - 1 == len(nats)
     assert found["loss"] == pytest.approx(nats.mean(), abs=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(nats.mean()), rel=1e-5)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_model import CONFIG, SHAPES, make
 
 from infer import convert
-from smoljax import hf, tokenizer, weights
+from smoljax import hf, hf_config, tokenizer, weights
 from smoljax.config import SIZES
 from smoljax.errors import CheckpointError, DataError, UsageError
 
@@ -107,7 +107,7 @@ def test_the_published_config_is_read_in_silence(caplog):
         "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": false,
         "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
         "transformers_version": "4.40.1", "use_cache": true, "vocab_size": 49152}"""  # SmolLM2-135M's
-    assert hf.from_config(json.loads(published)) == SIZES["smollm2-135m"] and not caplog.text
+    assert hf_config.from_config(json.loads(published)) == SIZES["smollm2-135m"] and not caplog.text
 
 
 def test_absent_head_sizes(tmp_path):
@@ -246,7 +246,7 @@ def test_convert_round_trip(dtype, tmp_path, capsys):
 
     # A run and its checkpoint are the same weights.
     for path in (b, f"{b}/checkpoints/0"):
-        loaded = weights.load(path)
+        loaded = weights.read(path)
         assert same(loaded.model, model) and loaded.config == CONFIG and loaded.dtype == dtype
         assert loaded.tokenizer.read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
@@ -255,17 +255,17 @@ def test_convert_says_what_it_does(tmp_path, capsys, folder):
     assert convert.main([str(folder), str(tmp_path / "half"), "--to", "hf", "--dtype", "bfloat16"]) == 0
     out, err = capsys.readouterr()
     assert "bfloat16" in out and "has no tokenizer.json" in err
-    assert same(weights.load(tmp_path / "half").model, cast(make(), "bfloat16"))
+    assert same(weights.read(tmp_path / "half").model, cast(make(), "bfloat16"))
     with pytest.raises(UsageError, match="exists already"):
         convert.main([str(folder), str(folder), "--to", "orbax"])
-    assert weights.load(folder).tokenizer is None
+    assert weights.read(folder).tokenizer is None
 
 
 def test_what_is_no_model(tmp_path):
     with pytest.raises(UsageError, match="there is no .*nowhere; expected a run's folder"):
-        weights.load(tmp_path / "nowhere")
+        weights.read(tmp_path / "nowhere")
     with pytest.raises(DataError, match="is neither a run's folder"):
-        weights.load(tmp_path)
+        weights.read(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError):
-        weights.load(tmp_path / "run")
+        weights.read(tmp_path / "run")

@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 LINES = [
     {"errors"},
     {"config"},
-    {"settings", "sharding", "rope", "attention", "tokenizer", "shards", "text", "encode"},
+    {"settings", "atomic", "sharding", "rope", "attention", "tokenizer", "shards", "text", "encode", "hf_config"},
     {"model"},
     {"loss", "hf", "decode", "optim", "step"},
 ]

@@ -147,7 +147,8 @@ def summary(out: Path, short: Path, long: Path, before: dict, after: dict) -> st
     from smoljax import metrics
 
     first = metrics.read(short)[0]["train/loss"]
-    speed = [statistics.median(r["train/tokens_per_sec"] for r in metrics.read(p)[1:]) for p in (short, long)]
+    key = "train/tokens_per_sec"
+    speed = [statistics.median(r[key] for r in metrics.read(p) if key in r) for p in (short, long)]
     rows = [("held-out loss at position", *before["loss_by_position"])]
     rows += [("first step", f"{first:.3f}")]
     rows += [

@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     from smoljax.data import Windows
 
     runtime.start()
-    found = weights.load(args.model, "float32")
+    found = weights.read(args.model, "float32")
     longest = found.config.max_position_embeddings
     T = args.seq_len or longest
     if T > longest:  # worth looking at: it is what extending the context is for

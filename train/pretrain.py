@@ -8,16 +8,13 @@ The run's folder holds config.json, tokenizer.json, metrics.jsonl, curves.png an
 
 import argparse
 import dataclasses
-import json
 import math
-import os
-import shutil
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from smoljax import settings
+from smoljax import atomic, settings
 from smoljax.config import Train
 from smoljax.errors import DataError, Error, UsageError, require, run
 
@@ -148,17 +145,10 @@ def open_run(folder: Path):
 
 def write_run(folder: Path, config: Train, rows):
     """config.json and tokenizer.json, each complete or absent."""
-    write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    atomic.write_json(folder / "config.json", dataclasses.asdict(config))
     tokenizers = [w.shards.tokenizer_path for w in rows.windows if w.shards.tokenizer_path]
     if tokenizers and not (folder / "tokenizer.json").exists():
-        shutil.copyfile(tokenizers[0], folder / "tokenizer.json.part")
-        os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
-
-
-def write(file: Path, text: str):
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    os.replace(part, file)
+        atomic.copy(tokenizers[0], folder / "tokenizer.json")
 
 
 def identity(config: Train, rows) -> list[dict]:
@@ -191,7 +181,7 @@ def initial_weights(config: Train, abstract, places):
 
     from smoljax import weights
 
-    found = weights.load(config.init_from, "float32")
+    found = weights.read(config.init_from, "float32")
     theirs, ours = (dataclasses.asdict(m) for m in (found.config, config.model))
     same = (
         "rope_theta",

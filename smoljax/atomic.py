@@ -1,0 +1,42 @@
+"""A file or a folder is whole or absent: written under another name, then renamed."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from smoljax.errors import UsageError, require
+
+
+def write(file: Path, text: str):
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_json(file: Path, value, indent: int = 1):
+    write(file, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def copy(source: Path, file: Path):
+    part = file.with_name(f"{file.name}.part")
+    shutil.copyfile(source, part)
+    os.replace(part, file)
+
+
+@contextlib.contextmanager
+def fresh(folder: str | Path):
+    """A temporary sibling that becomes `folder` when the block ends well and vanishes when it does not."""
+    folder = Path(folder).absolute()
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(free, f"{folder} exists already; name a new folder")
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, folder)
+    except OSError as e:
+        raise UsageError(f"{folder} cannot be written: {e.strerror or e}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
