@@ -1,0 +1,28 @@
+# `make demo` and `make test` start from a bare checkout: they set up .venv, once, and again when pyproject.toml changes.
+PYTHON ?= python3
+EXTRAS ?= test
+
+.PHONY: demo test lint clean
+
+demo: .venv/.plot
+	@.venv/bin/smoljax demo
+
+test: .venv/.$(EXTRAS)
+	@.venv/bin/pytest
+
+lint: .venv/.$(EXTRAS)
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+
+clean:  # not runs/
+	rm -rf .venv .cache .pytest_cache .ruff_cache build dist *.egg-info demo-out
+	find smoljax train infer configs tests -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp for each set of extras. -qq: errors alone. setuptools builds the wheel of tests/test_package.py, offline.
+.venv/.%: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "smoljax needs Python 3.11 or newer, and there is no $(PYTHON)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smoljax needs Python 3.11 or newer, $(PYTHON) is %d.%d; choose another: make PYTHON=python3.12 $(MAKECMDGOALS)" % sys.version_info[:2] or 0)'
+	@echo "setting up .venv with smoljax[$*] (a minute or two, once)"
+	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	@.venv/bin/pip install -qq 'setuptools>=77' --editable '.[$*]'
+	@touch $@
