@@ -18,11 +18,11 @@ clean:  # not runs/
 	rm -rf .venv .cache .pytest_cache .ruff_cache build dist *.egg-info demo-out
 	find smoljax train infer configs tests -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp for each set of extras. -qq: errors alone. setuptools builds the wheel of tests/test_package.py, offline.
+# A stamp for each set of extras. -qq: errors alone.
 .venv/.%: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "smoljax needs Python 3.11 or newer, and there is no $(PYTHON)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smoljax needs Python 3.11 or newer, $(PYTHON) is %d.%d; choose another: make PYTHON=python3.12 $(MAKECMDGOALS)" % sys.version_info[:2] or 0)'
 	@echo "setting up .venv with smoljax[$*] (a minute or two, once)"
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	@.venv/bin/pip install -qq 'setuptools>=77' --editable '.[$*]'
+	@.venv/bin/pip install -qq --editable '.[$*]'
 	@touch $@

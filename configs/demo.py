@@ -18,8 +18,8 @@ config = Train(
         vocab_size=4096,
         max_position_embeddings=128,
     ),
-    steps=500,
-    data=Data(sources={"shards/train": 1.0}, seq_len=128, batch_size=16),  # 2,048 tokens a step, 1.0 M in all
+    steps=400,
+    data=Data(sources={"shards/train": 1.0}, seq_len=128, batch_size=16),  # 2,048 tokens a step, 0.8 M in all
     optim=Optim(lr=5e-3, warmup_steps=25, decay_steps=100),
     init_std=0.06,
     save_every=100,

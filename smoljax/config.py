@@ -193,7 +193,7 @@ class Train:
         check(self)
         for name in ("steps", "accumulate", "log_every", "save_every", "keep", "init_std", "keep_every"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}, expected more than 0")
+            require(value is None or (value > 0 and math.isfinite(value)), f"{name} is {value}, expected more than 0")
         require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
         ramps = self.optim.warmup_steps + self.optim.decay_steps
         require(

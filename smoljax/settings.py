@@ -45,7 +45,7 @@ def find(name: str) -> Path:
         require(Path(name).is_file(), f"no config file {name}; shipped configs go by name: {', '.join(shipped())}")
         return Path(name)
     names = shipped()
-    key = name.replace("_", "-")
+    key = name.replace("_", "-").replace(".", "-")  # smollm2-1.7b, as on the Hub, is configs/smollm2_1_7b.py
     require(key in names, f"no config named {name!r}{meant(key, names)}; shipped are {', '.join(names)}")
     return names[key]
 

@@ -62,7 +62,7 @@ def train_step(state: TrainState, batch: dict, config: Train) -> tuple[TrainStat
     metrics = {
         "loss": value,
         "lr": wsd(config.optim, config.steps)(state.step),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "labels": count,
     }
     model = optax.apply_updates(state.model, updates)
