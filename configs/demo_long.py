@@ -19,10 +19,10 @@ config = Train(
         max_position_embeddings=512,
         rope_theta=100_000.0,
     ),
-    steps=80,
-    data=Data(sources={"shards/train": 1.0}, seq_len=512, batch_size=4, seed=1),  # 2,048 tokens a step as before
-    optim=Optim(lr=1e-3, warmup_steps=10, decay_steps=40),
+    steps=40,
+    data=Data(sources={"shards/train": 1.0}, seq_len=512, batch_size=8, seed=1),  # 4,096 tokens a step
+    optim=Optim(lr=1e-3, warmup_steps=5, decay_steps=20),
     init_from="runs/demo",
-    save_every=80,
-    log_every=5,
+    save_every=40,
+    log_every=2,
 )

@@ -15,9 +15,10 @@ VERBS = {
     "convert": ("infer", "weights to and from Hugging Face"),
 }
 
-HELP = "usage: smoljax VERB ...    (smoljax VERB --help says more)\n\n" + "\n".join(
-    f"  {verb:10s} {what}" for verb, (_, what) in VERBS.items()
-)
+HELP = f"""usage: smoljax VERB ...    (smoljax VERB --help says more)
+
+{"".join(f"  {verb:10s} {what}" + chr(10) for verb, (_, what) in VERBS.items())}
+exit codes: 0 fine, 1 the run failed, 2 usage or config, 3 bad data or weights, 4 checkpoint trouble"""
 
 
 def dispatch(argv: list[str]) -> int:

@@ -27,7 +27,11 @@ FREE = {
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser("smoljax pretrain", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "smoljax pretrain",
+        description=__doc__.splitlines()[0],
+        epilog=f"Shipped configs: {', '.join(settings.shipped())}. What can be set: smoljax/config.py.",
+    )
     parser.add_argument("config", help="a Python file that says config = Train(...), or a shipped name such as demo")
     parser.add_argument(
         "settings", nargs="*", metavar="a.b=c", help="settings that override the config's: optim.lr=1e-3"
@@ -49,6 +53,8 @@ def main(argv=None) -> int:
     from smoljax.step import init_state, train_step
 
     runtime.start()
+    # Each process would write the same files; until that is built, it is refused.
+    require(jax.process_count() == 1, f"pretrain runs on one host, found {jax.process_count()} processes")
     mesh = sharding.mesh(config.mesh)
     ways, micro = mesh.shape["data"] * mesh.shape["fsdp"], config.data.batch_size // config.accumulate
     require(
