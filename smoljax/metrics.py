@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl, the source of truth, and one progress line; throughput and MFU."""
 
+import contextlib
 import json
 import resource
 import sys
@@ -7,7 +8,7 @@ import time
 from pathlib import Path
 
 from smoljax import atomic
-from smoljax.config import Model
+from smoljax.config import Model, Train
 
 # Dense bf16 peak, TFLOP/s per device, by the words in jax.Device.device_kind (vendors' data sheets).
 PEAK_TFLOPS = {
@@ -39,6 +40,49 @@ def peak_flops(devices) -> float | None:
     kind = devices[0].device_kind
     known = [peak for words, peak in PEAK_TFLOPS.items() if words in kind]
     return known[0] * 1e12 * len(devices) if known else None
+
+
+class Meter:
+    """Turns a step's numbers into a record: tokens, speed since the last record, MFU, waiting for data, compilation."""
+
+    def __init__(self, config: Train, devices, start: int):
+        self.tokens_per_step = config.data.batch_size * config.data.seq_len
+        self.flops = flops_per_token(config.model, config.data.seq_len)
+        self.peak, self.devices = peak_flops(devices), len(devices)
+        self.step, self.since, self.wait, self.compile = start, None, 0.0, None
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around the wait for a batch."""
+        begun = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def dispatching(self):
+        """Around the call of the step: the first one compiles, which is all that takes time in it."""
+        begun = time.perf_counter()
+        yield
+        if self.since is None:
+            self.since = time.perf_counter()
+            self.compile, self.wait = self.since - begun, 0.0
+
+    def tokens(self, n: int) -> int:
+        return n * self.tokens_per_step
+
+    def record(self, n: int, values: dict) -> dict:
+        """values: the step's loss, lr, grad_norm and labels, read from the device just now."""
+        now = time.perf_counter()
+        seconds = (now - self.since) / (n - self.step)
+        speed = self.tokens_per_step / seconds
+        out = {"step": n} | {f"train/{key}": values[key] for key in ("loss", "lr", "grad_norm")}
+        out |= {"train/tokens": self.tokens(n), "train/labels": int(values["labels"])}
+        out |= {"train/tokens_per_sec": speed, "train/tokens_per_sec_per_device": speed / self.devices}
+        out |= {"train/mfu": speed * self.flops / self.peak} if self.peak else {}
+        out |= {"train/step_time_s": seconds, "train/data_wait_s": self.wait / (n - self.step)}
+        out |= {"train/compile_s": self.compile} if self.compile else {}
+        self.step, self.since, self.wait, self.compile = n, now, 0.0, None
+        return out | {"host/rss_gb": host_rss_gb()}
 
 
 def read(run: Path) -> list[dict]:
@@ -105,12 +149,10 @@ def summary(record: dict) -> str:
     """loss 3.412  lr 2.9e-03  gnorm 0.81  tok/s 412k  mfu 0.38  data 2%"""
     r = {key.removeprefix("train/"): value for key, value in record.items()}
     text = f"loss {r['loss']:.4f}  lr {r['lr']:.2e}  gnorm {r['grad_norm']:.3f}"
-    if "tokens_per_sec" in r:
-        text += f"  tok/s {human(r['tokens_per_sec'])}"
+    text += f"  tok/s {human(r['tokens_per_sec'])}"
     if "mfu" in r:
         text += f"  mfu {r['mfu']:.3f}"
-    if "data_wait_s" in r:
-        text += f"  data {r['data_wait_s'] / r['step_time_s']:.0%}"
+    text += f"  data {r['data_wait_s'] / r['step_time_s']:.0%}"
     return text
 
 

@@ -177,6 +177,9 @@ def test_a_run_goes_on_only_as_itself(place, capsys):
     assert run(pretrain.main, words(place, "itself", "steps=6", "optim.lr=1e-3")) == 0
     assert "resuming with optim.lr = 0.001 (was 0.01)" in capsys.readouterr().err
 
+    (place / "file").write_text("")
+    assert run(pretrain.main, words(place, "file")) == 2
+    assert "cannot be written" in capsys.readouterr().err
     (place / "papers").mkdir()
     (place / "papers/thesis.txt").write_text("mine")
     assert run(pretrain.main, words(place, "papers")) == 2

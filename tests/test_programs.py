@@ -28,7 +28,7 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         assert prepare.main(["text", "--train-tokenizer", "512", "--output", "shards", "--workers", "2"]) == 0
         sources = "data.sources=shards"
-        argv = ["demo", sources, "run=runs/short", "steps=60", "optim.decay_steps=20", *SMALL]
+        argv = ["demo", sources, "run=runs/short", "steps=90", "optim.decay_steps=30", *SMALL]
         assert pretrain.main(argv) == 0
         argv = ["demo-long", sources, "init_from=runs/short", "run=runs/long", "steps=20", "optim.decay_steps=5"]
         assert pretrain.main([*argv, *SMALL]) == 0

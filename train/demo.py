@@ -148,7 +148,7 @@ def summary(out: Path, short: Path, long: Path, before: dict, after: dict) -> st
 
     first = metrics.read(short)[0]["train/loss"]
     key = "train/tokens_per_sec"
-    speed = [statistics.median(r[key] for r in metrics.read(p) if key in r) for p in (short, long)]
+    speed = [statistics.median(r[key] for r in metrics.read(p)) for p in (short, long)]
     rows = [("held-out loss at position", *before["loss_by_position"])]
     rows += [("first step", f"{first:.3f}")]
     rows += [

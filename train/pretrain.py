@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import math
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def main(argv=None) -> int:
         f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
         "(mesh.data x mesh.fsdp); change one of them",
     )
-    open_run(folder)
+    open_run(folder, config)
     with jax.set_mesh(mesh), Checkpoints(folder, config.keep, config.keep_every) as checkpoints:
         # ---- state
         abstract = jax.eval_shape(partial(init_state, config))
@@ -83,53 +82,34 @@ def main(argv=None) -> int:
 
         # ---- step
         step = jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(places, None))
-        tokens_per_step = config.data.batch_size * config.data.seq_len
-        flops = metrics.flops_per_token(config.model, config.data.seq_len)
-        peak, devices = metrics.peak_flops(mesh.devices.flat), mesh.size
-        clock = {"read": None, "step": start, "wait": 0.0}
+        meter = metrics.Meter(config, mesh.devices.flat, start)
 
-        def record(n, on_device) -> dict:  # waits for step n alone: n + 1 is running already
+        def record(n, on_device):  # waits for step n alone: n + 1 is running already
             values = {k: float(v) for k, v in on_device.items()}
-            now, steps = time.perf_counter(), n - clock["step"]
             if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
                 raise Error(
                     f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']}; the run stops here. "
-                    f"Checkpoint {checkpoints.latest or 'none'} is from before; try a lower optim.lr"
+                    f"The newest checkpoint, {checkpoints.latest or 'none'}, is from before; try a lower optim.lr"
                 )
-            out = {"step": n, **{f"train/{k}": values[k] for k in ("loss", "lr", "grad_norm")}}
-            out |= {"train/tokens": n * tokens_per_step, "train/labels": int(values["labels"])}
-            if clock["read"] is None:  # the first step compiles: no speed to report
-                out["train/compile_s"] = now - began
-            else:
-                seconds = (now - clock["read"]) / steps
-                speed = tokens_per_step / seconds
-                out |= {"train/step_time_s": seconds, "train/data_wait_s": clock["wait"] / steps}
-                out |= {"train/tokens_per_sec": speed, "train/tokens_per_sec_per_device": speed / devices}
-                out |= {"train/mfu": speed * flops / peak} if peak else {}
-            out |= {"data/epochs": rows.epochs(n * config.data.batch_size), "host/rss_gb": metrics.host_rss_gb()}
-            clock.update(read=now, step=n, wait=0.0)
-            return out
+            epochs = {"data/epochs": rows.epochs(n * config.data.batch_size)}
+            log.write(meter.record(n, values) | epochs)
+            return values
 
         # ---- loop
-        began = time.perf_counter()
+        feed = batches(rows, config.data.batch_size, start, config.steps, sharding.batch_sharding(mesh))
         with metrics.Log(folder, start, config.steps) as log:
-            feed = batches(rows, config.data.batch_size, start, config.steps, sharding.batch_sharding(mesh))
             unread = None
             for n in range(start + 1, config.steps + 1):
-                asked = time.perf_counter()
-                batch = next(feed)
-                clock["wait"] += time.perf_counter() - asked
-                state, on_device = step(state, batch)
+                with meter.waiting():
+                    batch = next(feed)
+                with meter.dispatching():
+                    state, on_device = step(state, batch)
                 if unread:
-                    log.write(record(*unread))
-                    unread = None
-                if n % config.log_every == 0 or n == config.steps:
-                    unread = (n, on_device)
-                if n % config.save_every == 0 or n == config.steps:
-                    if unread:  # a checkpoint is never ahead of its metrics, nor saved after a loss that is not finite
-                        last = record(*unread)
-                        log.write(last)
-                        unread = None
+                    record(*unread)
+                save = n % config.save_every == 0 or n == config.steps
+                unread = (n, on_device) if save or n % config.log_every == 0 else None
+                if save:  # a checkpoint has its metrics, and is never of a step whose loss was not finite
+                    last, unread = record(*unread), None
                     checkpoints.save(n, metadata, model=state.model, opt=state.opt_state)
             checkpoints.wait()
 
@@ -139,13 +119,20 @@ def main(argv=None) -> int:
     except ImportError:
         print("no curves.png: pip install smoljax[plot] brings matplotlib", file=sys.stderr)
     print(
-        f"{folder}: {config.steps} steps, {metrics.human(last['train/tokens'])} tokens, loss {last['train/loss']:.4f}"
+        f"{folder}: {config.steps} steps, {metrics.human(meter.tokens(config.steps))} tokens, loss {last['loss']:.4f}"
     )
     return 0
 
 
-def open_run(folder: Path):
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+def open_run(folder: Path, config: Train):
+    """A new folder becomes a run by its config.json, so that a run killed at once is known for one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            atomic.write_json(folder / "config.json", dataclasses.asdict(config))
+    except OSError as e:
+        raise UsageError(f"run = {folder} cannot be written ({e.strerror}); name another folder with run=DIR") from None
+    if not (folder / "config.json").exists():
         raise UsageError(f"{folder} is not empty and not a run (it has no config.json); name a new folder with run=DIR")
 
 
