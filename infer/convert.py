@@ -30,7 +30,7 @@ def main(argv=None) -> int:
         else:
             checkpoint.save_model(part, loaded.model, loaded.config)
             if loaded.tokenizer:
-                atomic.copy(tokenizer.find(loaded.tokenizer), part / "tokenizer.json")
+                tokenizer.copy(loaded.tokenizer, part)
     if loaded.tokenizer is None:
         print(f"smoljax: note: {args.src} has no tokenizer.json, so {args.dst} has none", file=sys.stderr)
     print(f"wrote {args.dst}: {loaded.config.parameters:,} parameters in {loaded.dtype}, from {loaded.source}")

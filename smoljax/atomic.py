@@ -1,6 +1,7 @@
-"""A file or a folder is whole or absent: written under another name, then renamed."""
+"""A file or a folder is whole or absent: written under another name, then renamed. And one writer at a time."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -34,9 +35,24 @@ def fresh(folder: str | Path):
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        yield part
-        os.replace(part, folder)
     except OSError as e:
         raise UsageError(f"{folder} cannot be written: {e.strerror or e}") from None
+    try:
+        yield part
+        os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(file: Path, sentence: str):
+    """Hold `file` for this process alone; a UsageError with the sentence while another does.
+
+    The lock falls with the process, however it ends.
+    """
+    with open(file, "w") as held:
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(sentence) from None
+        yield

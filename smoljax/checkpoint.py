@@ -15,13 +15,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from smoljax import atomic, settings
 from smoljax.config import Model
 from smoljax.errors import CheckpointError
-from smoljax.model import SmolLM
+from smoljax.model import SmolLM, abstract
+from smoljax.sharding import is_variable
 from smoljax.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each stage of each save
@@ -68,6 +68,11 @@ class Checkpoints:
             custom_metadata=metadata | {"versions": versions},
         )
 
+    def check(self):
+        """Raise what went wrong in a background save as soon as it is known."""
+        if self.pending is not None and not self.orbax.is_saving_in_progress():
+            self.wait()
+
     def wait(self):
         """Until the save in flight is on disk."""
         pending, self.pending = self.pending, None
@@ -91,7 +96,7 @@ def describe(orbax, step: int):
     try:
         found = orbax.checkpointables_metadata(step)
     except Exception as e:
-        raise CheckpointError(f"checkpoint {orbax.directory / str(step)} cannot be read: {root_cause(e)}") from e
+        raise unreadable(orbax.directory / str(step), e) from e
     if not found.custom_metadata or not (found.metadata or {}).get("model"):
         raise CheckpointError(f"checkpoint {orbax.directory / str(step)} is damaged or was not written by smoljax")
     return found
@@ -117,10 +122,6 @@ def from_names(tree, arrays: dict):
     return jax.tree.map_with_path(one, tree, is_leaf=is_variable)
 
 
-def is_variable(leaf) -> bool:
-    return isinstance(leaf, nnx.Variable)
-
-
 def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
@@ -130,8 +131,13 @@ def read(orbax, step: int, trees: dict) -> dict:
     try:
         arrays = orbax.load_checkpointables(step, {name: by_name(tree) for name, tree in trees.items()})
         return {name: from_names(tree, arrays[name]) for name, tree in trees.items()}
-    except Exception as e:  # Orbax's own text names a handler; the cause behind it says what is wrong
-        raise CheckpointError(f"checkpoint {orbax.directory / str(step)} cannot be restored: {root_cause(e)}") from e
+    except Exception as e:
+        raise unreadable(orbax.directory / str(step), e) from e
+
+
+def unreadable(path: Path, e: Exception) -> CheckpointError:
+    """Orbax's own text names a handler; the first cause behind it says what is wrong."""
+    return CheckpointError(f"checkpoint {path} cannot be read: {root_cause(e)}")
 
 
 def root_cause(e: BaseException) -> str:
@@ -140,31 +146,51 @@ def root_cause(e: BaseException) -> str:
     return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
 
 
-def is_run(path: Path) -> bool:
-    """A run's folder, or one of its checkpoints."""
-    path = Path(path)
-    return (path / "checkpoints").is_dir() or (path.parent.name == "checkpoints" and path.name.isdigit())
+def locate(path: Path) -> tuple[Path, int | None] | None:
+    """(run, None) for a run's folder, (run, step) for one of its checkpoints, None for anything else."""
+    path = Path(path).resolve()
+    if (path / "checkpoints").is_dir():
+        return path, None
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return None
+
+
+def steps(run: Path) -> list[int]:
+    """The complete checkpoints in a run's folder, oldest first."""
+    done = Path(run).glob("checkpoints/*/commit_success.txt")  # Orbax's mark, written last
+    return sorted(int(mark.parent.name) for mark in done if mark.parent.name.isdecimal())
 
 
 def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int]:
     """The weights of a run (its newest checkpoint) or of one checkpoint, without the optimizer's state.
 
-    In the dtype they were saved in, or in the given one. The run may be training: nothing in it is touched.
+    In the dtype they were saved in, or in the given one. The run may be training: nothing in it is touched, and a
+    checkpoint that its run deletes while it is read gives way to the newest.
     """
-    path = Path(path).resolve()
-    run, step = (path, None) if (path / "checkpoints").is_dir() else (path.parent.parent, int(path.name))
+    run, asked = locate(path)
+    while True:
+        found = steps(run)
+        if not found or (asked is not None and asked not in found):
+            which = "checkpoint yet" if asked is None else f"checkpoint {asked}; it has {found or 'none'}"
+            raise CheckpointError(f"{run} holds no complete {which}")
+        step = found[-1] if asked is None else asked
+        try:
+            return *read_model(run, step, dtype), step
+        except Exception as e:
+            if asked is None and step not in steps(run):
+                continue
+            raise e if isinstance(e, CheckpointError) else unreadable(run / "checkpoints" / str(step), e) from e
+
+
+def read_model(run: Path, step: int, dtype: str | None) -> tuple[SmolLM, Model]:
     with ocp.training.Checkpointer(run / "checkpoints") as orbax:
-        steps = [c.step for c in orbax.checkpoints]
-        if not steps or (step is not None and step not in steps):
-            raise CheckpointError(f"no complete checkpoint {step or ''} in {run}; it has {steps or 'none yet'}")
-        step = steps[-1] if step is None else step
         saved = describe(orbax, step)
         config = settings.from_dict(Model, saved.custom_metadata["config"]["model"])
         dtype = dtype or saved.metadata["model"]["embed"].dtype
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        model = jax.eval_shape(lambda: SmolLM(config, nnx.Rngs(params=0)))
-        model = jax.tree.map(lambda a: place(a, device, dtype), model)
-        return read(orbax, step, {"model": model})["model"], config, step
+        model = jax.tree.map(lambda a: place(a, device, dtype), abstract(config))
+        return read(orbax, step, {"model": model})["model"], config
 
 
 def save_model(folder: Path, model: SmolLM, config: Model):

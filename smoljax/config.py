@@ -115,7 +115,7 @@ class Data:
             require(fine, f"data.sources gives {folder!r} the weight {weight!r}, expected a number above 0")
         require(self.seq_len >= 1, f"data.seq_len is {self.seq_len}, expected at least 1")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}, expected at least 1")
-        require(self.seed >= 0, f"data.seed is {self.seed}, expected 0 or more")
+        require(0 <= self.seed < 2**32, f"data.seed is {self.seed}, expected 0 or more, below 2**32")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ class Train:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep", "init_std", "keep_every"):
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), f"{name} is {value}, expected more than 0")
-        require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 or more, below 2**32")
+        require(self.run != "", "run is empty, expected a folder")
         ramps = self.optim.warmup_steps + self.optim.decay_steps
         require(
             ramps <= self.steps,

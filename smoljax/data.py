@@ -10,6 +10,7 @@ Row r of a run (batch n holds rows n*B ... n*B + B - 1):
 """
 
 import itertools
+import logging
 
 import jax
 import numpy as np
@@ -47,6 +48,10 @@ class Windows:
             )
         if self.shards.num_tokens < 2:
             raise DataError(f"{folder} holds {self.shards.num_tokens} token, expected at least 2")
+        if self.shards.num_tokens <= seq_len:
+            logging.getLogger("smoljax").warning(
+                f"{folder} holds {self.shards.num_tokens} tokens, less than a row of {seq_len}: the rest is padding"
+            )
 
     def __len__(self) -> int:
         return -(-(self.shards.num_tokens - 1) // self.seq_len)

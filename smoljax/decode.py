@@ -17,7 +17,7 @@ import numpy as np
 
 from smoljax.config import Compute, Model
 from smoljax.errors import DataError, UsageError, require
-from smoljax.model import SmolLM
+from smoljax.model import SmolLM, cast
 
 
 @jax.tree_util.register_dataclass
@@ -159,7 +159,7 @@ def complete(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     places = bucket(lengths.max() + max_new_tokens)
-    model, seeds = cast(model, compute), np.array(seeds, np.uint32)
+    model, seeds = cast(model, compute.dtype), np.array(seeds, np.uint32)  # once, not once a token
 
     new, cache = first(model, tokens, lengths, seeds, how=how, places=places, compute=compute)
     out, reasons = [[] for _ in prompts], [None] * len(prompts)
@@ -203,14 +203,3 @@ def check(config: Model, prompts, max_new_tokens: int) -> list[list[int]]:
 def bucket(length: int, smallest: int = 16) -> int:
     """The next power of two."""
     return max(smallest, 1 << int(length - 1).bit_length())
-
-
-def cast(model: SmolLM, compute: Compute) -> SmolLM:
-    """The weights in the dtype that they are multiplied in: done once, it is not done again for each token.
-
-    The last norm's scale is multiplied in f32 by model.py and stays as it is.
-    """
-    norm = model.norm
-    model = jax.tree.map(lambda w: w.astype(compute.dtype), model)
-    model.norm = norm
-    return model

@@ -6,6 +6,7 @@ A sentence names the thing, what was found, what was expected and what to do. Wh
 is our bug and keeps its traceback.
 """
 
+import os
 import sys
 
 
@@ -28,7 +29,7 @@ class DataError(Error):
 
 
 class CheckpointError(Error):
-    """A run folder or a checkpoint that cannot be used."""
+    """A checkpoint that cannot be read or written."""
 
     code = 4
 
@@ -49,6 +50,15 @@ def run(main, argv=None) -> int:
     except KeyboardInterrupt:
         print("smoljax: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `smoljax ... | head` is no mistake
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:  # whoever read our output has gone: quietly, but the work is not done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports SIGPIPE
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print(
+            "smoljax: the device has not enough memory for this; fewer rows at a time (accumulate=, --batch-size), "
+            f"set compute.remat=true, or use more devices ({str(e).splitlines()[0][:200]})",
+            file=sys.stderr,
+        )
+        return 1

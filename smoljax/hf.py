@@ -13,11 +13,9 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from smoljax import atomic
@@ -25,7 +23,7 @@ from smoljax import tokenizer as tokenizers
 from smoljax.config import Model
 from smoljax.errors import DataError, require
 from smoljax.hf_config import read_config, read_json, to_config
-from smoljax.model import SmolLM
+from smoljax.model import SmolLM, abstract
 
 # ours: (Hugging Face's name with {} for the layer, axes there -> axes here). A torch Linear is [out, in]; q and k are
 # in half-split ("rotate_half") order there as here, so no row is permuted.
@@ -44,11 +42,6 @@ TABLE = {
 }
 HEAD = "lm_head.weight"  # absent where the head is tied; some writers store the copy all the same
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
-def abstract(config: Model) -> SmolLM:
-    """The model's shapes, without its weights."""
-    return jax.eval_shape(lambda: SmolLM(config, nnx.Rngs(params=0)))
 
 
 def rows(model: SmolLM, config: Model):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smoljax import atomic
 from smoljax.config import Model, Train
+from smoljax.errors import CheckpointError
 
 # Dense bf16 peak, TFLOP/s per device, by the words in jax.Device.device_kind (vendors' data sheets).
 PEAK_TFLOPS = {
@@ -49,7 +50,8 @@ class Meter:
         self.tokens_per_step = config.data.batch_size * config.data.seq_len
         self.flops = flops_per_token(config.model, config.data.seq_len)
         self.peak, self.devices = peak_flops(devices), len(devices)
-        self.step, self.since, self.wait, self.compile = start, None, 0.0, None
+        self.device = devices[0]
+        self.step, self.since, self.wait, self.compile, self.save = start, None, 0.0, None, None
 
     @contextlib.contextmanager
     def waiting(self):
@@ -67,6 +69,14 @@ class Meter:
             self.since = time.perf_counter()
             self.compile, self.wait = self.since - begun, 0.0
 
+    @contextlib.contextmanager
+    def saving(self):
+        """Around a save: the time that it blocks is its own, not the next step's."""
+        begun = time.perf_counter()
+        yield
+        self.save = time.perf_counter() - begun
+        self.since += self.save
+
     def tokens(self, n: int) -> int:
         return n * self.tokens_per_step
 
@@ -80,16 +90,24 @@ class Meter:
         out |= {"train/tokens_per_sec": speed, "train/tokens_per_sec_per_device": speed / self.devices}
         out |= {"train/mfu": speed * self.flops / self.peak} if self.peak else {}
         out |= {"train/step_time_s": seconds, "train/data_wait_s": self.wait / (n - self.step)}
-        out |= {"train/compile_s": self.compile} if self.compile else {}
-        self.step, self.since, self.wait, self.compile = n, now, 0.0, None
-        return out | {"host/rss_gb": host_rss_gb()}
+        out |= {"goodput/compile_s": self.compile} if self.compile else {}
+        out |= {"goodput/checkpoint_s": self.save} if self.save else {}
+        self.step, self.since, self.wait, self.compile, self.save = n, now, 0.0, None, None
+        return out | {"host/rss_gb": host_rss_gb()} | device_peak_gb(self.device)
 
 
 def read(run: Path) -> list[dict]:
     """The records of a run's metrics.jsonl; a last line cut by a kill is left out."""
     file = Path(run) / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    try:
+        for line in lines:
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+        return records
+    except ValueError as e:
+        raise CheckpointError(f"{file}:{len(records) + 1} is not JSON ({e}); mend or delete that line") from None
 
 
 class Log:
@@ -170,5 +188,14 @@ def clock(seconds: float) -> str:
 
 
 def host_rss_gb() -> float:
-    """Peak resident memory of this process; ru_maxrss is KiB on Linux and bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    """Resident memory of this process now (on macOS its peak)."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def device_peak_gb(device) -> dict:
+    """{"device/mem_peak_gb": ...} where the device says it; CPUs do not."""
+    stats = device.memory_stats() or {}
+    return {"device/mem_peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}

@@ -16,7 +16,7 @@ from flax import nnx
 from smoljax import rope
 from smoljax.attention import attend
 from smoljax.config import Compute, Model
-from smoljax.sharding import constrain
+from smoljax.sharding import constrain, is_variable
 
 
 def weight(dims: str, sizes: dict, rngs: nnx.Rngs, std: float) -> nnx.Param:
@@ -107,7 +107,7 @@ class SmolLM(nnx.Module):
 
         if compute.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        layers = jax.tree.map(lambda w: w.astype(dtype), self.layers)
+        layers = cast(self.layers, dtype)
         x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=min(compute.unroll, c.num_hidden_layers))
         return rms_norm(x, self.norm, c.rms_norm_eps), cache
 
@@ -115,6 +115,17 @@ class SmolLM(nnx.Module):
         """The tied head, in x's dtype with f32 sums."""
         embed = constrain(self.embed.astype(x.dtype), "VD")
         return constrain(jnp.einsum("BTD,VD->BTV", x, embed, preferred_element_type=jnp.float32), "BTV")
+
+
+def cast(tree, dtype):
+    """The matrices in the dtype that they are multiplied in; norms' scales stay f32, as rms_norm multiplies them."""
+    one = lambda w: w.replace(w[...].astype(dtype)) if len(w.dims) > 1 else w  # noqa: E731
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def abstract(config: Model) -> SmolLM:
+    """The model's shapes, without its weights."""
+    return jax.eval_shape(lambda: SmolLM(config, nnx.Rngs(params=0)))
 
 
 def document_starts(segments):  # BT -> BT, the place in its row where each token's document begins

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from smoljax.config import Optim
+from smoljax.sharding import is_variable
 
 
 def wsd(o: Optim, steps: int) -> optax.Schedule:
@@ -24,9 +24,7 @@ def wsd(o: Optim, steps: int) -> optax.Schedule:
 
 def decayed(params):
     """Where weight_decay_on="matrices" decays: neither norms ("D") nor the embedding ("VD")."""
-    return jax.tree.map(
-        lambda p: len(p.dims) > 1 and "V" not in p.dims, params, is_leaf=lambda p: isinstance(p, nnx.Variable)
-    )
+    return jax.tree.map(lambda p: len(p.dims) > 1 and "V" not in p.dims, params, is_leaf=is_variable)
 
 
 def optimizer(o: Optim, steps: int) -> optax.GradientTransformation:

@@ -1,9 +1,9 @@
 """What happens once, before a program's first computation."""
 
+import hashlib
 import os
+import platform
 from pathlib import Path
-
-import jax
 
 
 def start():
@@ -11,8 +11,18 @@ def start():
 
     A restart then compiles nothing: the 135M train step takes 1.5 to 10 s to compile on 2 CPU cores.
     """
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "smoljax" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "smoljax" / "jax" / processor()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def processor() -> str:
+    """What XLA's compiled CPU code depends on: loaded on another processor it warns at length, or crashes."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))] or [platform.processor()]
+    return platform.machine() + "-" + hashlib.sha256(features[0].encode()).hexdigest()[:8]

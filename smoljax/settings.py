@@ -56,7 +56,7 @@ def override(config, settings: typing.Sequence[str]):
     for setting in settings:
         path, equals, text = setting.partition("=")
         require(bool(equals), f"expected a setting like optim.lr=1e-3, got {setting!r}")
-        *parents, leaf = path.removeprefix("--").split(".")
+        *parents, leaf = path.split(".")
         level = changes
         for parent in parents:
             level = level.setdefault(parent, {})

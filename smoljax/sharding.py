@@ -66,11 +66,16 @@ def shardings(tree, mesh):
     """
 
     def one(leaf):
-        if isinstance(leaf, nnx.Variable):
+        if is_variable(leaf):
             return leaf.replace(NamedSharding(mesh, spec(leaf.dims, leaf.shape, WEIGHTS, mesh)))
         return NamedSharding(mesh, P())
 
-    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def is_variable(leaf) -> bool:
+    """A weight with its letters, as a leaf of tree maps."""
+    return isinstance(leaf, nnx.Variable)
 
 
 def batch_sharding(mesh) -> NamedSharding:

@@ -70,6 +70,7 @@ class Shards:
             self.shards = [Shard(**{key: entry[key] for key in Shard._fields}) for entry in manifest["shards"]]
             self.itemsize = WIDTH[manifest["dtype"]]
             self.vocab_size, self.max_token_id = int(manifest["vocab_size"]), int(manifest["max_token_id"])
+            self.eos_token_id = int(manifest["eos_token_id"])
             self.text_bytes, self.tokenizer_sha256 = int(manifest["text_bytes"]), str(manifest["tokenizer_sha256"])
             if any(Path(shard.file).name != shard.file for shard in self.shards):
                 raise ValueError("a shard's name leads out of the folder")
@@ -112,6 +113,7 @@ class Shards:
             tokens = size // self.itemsize if tokens is None else tokens
             documents = index.stat().st_size // 8 if index.is_file() else 1
             self.shards.append(Shard(file.name, tokens, documents))
+        self.eos_token_id = None
         self.vocab_size = self.max_token_id = self.text_bytes = self.tokenizer_sha256 = None
         names = json.dumps([(file.name, file.stat().st_size) for file in files])
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()

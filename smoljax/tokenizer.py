@@ -10,8 +10,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from smoljax import atomic
 from smoljax.errors import DataError, UsageError
 
 EOS = "<|endoftext|>"
@@ -73,14 +75,49 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, or the one in a folder."""
     file = find(path)
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # `tokenizers` raises bare Exception
         raise DataError(f"{file} is not a tokenizer.json that `tokenizers` can read ({e})") from None
+    # A tokenizer.json may ask for either, and would silently cut documents or put padding into prompts.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def sha256(path: str | Path) -> str:
-    """What identifies a tokenizer: the hash of its file."""
+    """The hash of a tokenizer's file."""
     return hashlib.sha256(find(path).read_bytes()).hexdigest()
+
+
+def same(one: str | Path, other: str | Path) -> bool:
+    """Whether two files give the same ids, though another program may have written one of them anew."""
+
+    def rules(path):
+        content = json.loads(load(path).to_str())
+        return [content[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
+
+    return sha256(one) == sha256(other) or rules(one) == rules(other)
+
+
+def copy(source: str | Path, folder: Path) -> None:
+    """tokenizer.json, and the chat template and settings that lie beside it, into a folder."""
+    source = find(source)
+    atomic.copy(source, folder / "tokenizer.json")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if source.with_name(name).is_file():
+            atomic.copy(source.with_name(name), folder / name)
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Bytes of text that each id of a byte-level tokenizer stands for, special tokens none; None for other kinds."""
+    if (json.loads(tokenizer.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+        return None
+    lengths = np.zeros(max(tokenizer.get_vocab().values()) + 1, np.int64)
+    for token, id in tokenizer.get_vocab().items():
+        lengths[id] = len(token)  # a symbol a byte
+    for id, token in tokenizer.get_added_tokens_decoder().items():
+        lengths[id] = 0 if token.special else len(token.content.encode())
+    return lengths
 
 
 def missing_bytes(tokenizer: Tokenizer) -> list[int]:

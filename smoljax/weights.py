@@ -1,13 +1,15 @@
 """What MODEL may be on a command line: a run, one of its checkpoints, or a Hugging Face folder."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from smoljax import checkpoint, hf
+from smoljax import checkpoint, hf, tokenizer
 from smoljax.config import Model
 from smoljax.errors import DataError, require
 from smoljax.hf_config import read_json
 from smoljax.model import SmolLM
+from smoljax.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,28 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
     path = Path(path)
     expected = "a run's folder, one of its checkpoints (RUN/checkpoints/STEP) or a Hugging Face folder"
     require(path.exists(), f"there is no {path}; expected {expected}")
-    if checkpoint.is_run(path):
+    if run := checkpoint.locate(path):
         model, config, step = checkpoint.load_model(path, dtype)
-        folder = path if (path / "checkpoints").is_dir() else path.resolve().parent.parent
+        folder, _ = run
         source = f"step {step} of {folder}"
     elif (path / "config.json").is_file() and "model" not in read_json(path / "config.json"):
         model, config = hf.load(path, dtype)
         folder, source = path, f"Hugging Face folder {path}"
     else:
         raise DataError(f"{path} is neither {expected}: it holds no checkpoints/, and no config.json of a model")
-    tokenizer = folder / "tokenizer.json"
-    return Weights(model, config, tokenizer if tokenizer.is_file() else None, str(model.embed.dtype), source)
+    words = folder / "tokenizer.json"
+    return Weights(model, config, words if words.is_file() else None, str(model.embed.dtype), source)
+
+
+def check_tokenizer(found: Weights, shards: Shards):
+    """A DataError where shards were made with another tokenizer than the model's; a warning where nobody knows."""
+    if found.tokenizer is None or shards.tokenizer_path is None:
+        logging.getLogger("smoljax").warning(
+            f"{found.source if found.tokenizer is None else shards.path} carries no tokenizer: "
+            "nothing says that model and shards belong together"
+        )
+    elif not tokenizer.same(found.tokenizer, shards.tokenizer_path):
+        raise DataError(
+            f"{shards.path} was made with another tokenizer than the model's {found.tokenizer}; "
+            f"prepare it with --tokenizer {found.tokenizer}"
+        )

@@ -1,22 +1,13 @@
 """The suite's surroundings, set before JAX is imported and inherited by the processes that tests start:
 8 fake CPU devices, one persistent compilation cache, no hub."""
 
-import hashlib
 import os
-import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from smoljax.runtime import processor
+
 REPO = Path(__file__).resolve().parents[1]
-
-
-def processor() -> str:
-    """What XLA's compiled CPU code depends on: loaded on another processor it warns at length, or crashes."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    features = [line for line in lines if line.startswith(("flags", "Features"))] or [platform.processor()]
-    return platform.machine() + "-" + hashlib.sha256(features[0].encode()).hexdigest()[:8]
-
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()

@@ -4,13 +4,21 @@ import hashlib
 import json
 
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 
 def tokenizer(vocab_size: int) -> str:
-    """tokenizer.json of a vocabulary without merges: 0 is <|endoftext|>, then w1, w2, ..."""
-    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, vocab_size)}
-    return Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>")).to_str()
+    """A byte-level tokenizer.json without merges: 0 is <|endoftext|>, then a, aa, aaa, b, bb, ..."""
+    words = {"<|endoftext|>": 0} | {chr(0x61 + (i - 1) // 3) * length(i): i for i in range(1, vocab_size)}
+    built = Tokenizer(models.BPE(words, []))
+    built.add_special_tokens(["<|endoftext|>"])
+    built.decoder = decoders.ByteLevel()
+    return built.to_str()
+
+
+def length(token: int) -> int:
+    """Bytes of text that a token stands for: 1, 2 or 3; 0 for the end of text."""
+    return 1 + (token - 1) % 3 if token else 0
 
 
 def documents(count: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
@@ -38,8 +46,18 @@ def write(folder, docs: list[list[int]], vocab_size: int, files: int = 2, manife
         entry = {"file": file.name, "tokens": sum(map(len, part)), "documents": len(part)}
         entries.append(entry | {"sha256": hashes[0], "index_sha256": hashes[1]})
     if manifest:
-        content = {"format": "smoljax-shards", "version": 1, "dtype": "uint16", "vocab_size": vocab_size}
-        content |= {"max_token_id": max(max(d) for d in docs), "text_bytes": 4 * sum(map(len, docs))}
+        content = {
+            "format": "smoljax-shards",
+            "version": 1,
+            "dtype": "uint16",
+            "vocab_size": vocab_size,
+            "eos_token_id": 0,
+        }
+        content |= {
+            "eos_token_id": 0,
+            "max_token_id": max(max(d) for d in docs),
+            "text_bytes": sum(length(t) for d in docs for t in d),
+        }
         content |= {k: sum(e[k] for e in entries) for k in ("tokens", "documents")}
         content |= {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(), "shards": entries}
         (folder / "manifest.json").write_text(json.dumps(content))

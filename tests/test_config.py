@@ -154,7 +154,7 @@ def test_override_every_type():
         RUN,
         [
             "optim.lr=1e-3",
-            "--steps=20",
+            "steps=20",
             "data.mask_documents=TRUE",
             "compute.dtype=bfloat16",
             "keep_every=5",

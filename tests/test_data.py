@@ -55,6 +55,26 @@ def test_each_source_walks_on_without_a_gap(tmp_path, docs):
     assert rows.epochs(25_000)[str(folders[1])] == 7_500 / len(rows.windows[1])
 
 
+def test_rows_of_a_mixture_come_from_their_sources(tmp_path):
+    """Three sources of disjoint ids: what a row holds says where it came from."""
+    weights, folders = (0.5, 0.3, 0.2), []
+    for k, name in enumerate("abc"):
+        docs = [[1 + 16 * k + t % 16 for t in d] for d in corpus.documents(40 + k, V, seed=k)]
+        folders.append(corpus.write(tmp_path / name, docs, V))
+    rows = Rows(Data(sources={str(f): w for f, w in zip(folders, weights, strict=True)}, seq_len=T), V)
+    given, seen = Counter(), [Counter() for _ in folders]
+    for r in range(10_000):
+        row = rows[r]
+        real = row["labels"] != IGNORE
+        (k,) = set(((row["labels"][real] - 1) // 16).tolist())
+        if given[k] < len(rows.windows[k]):  # the first epoch: each window once
+            seen[k][row["labels"].tobytes()] += 1
+        given[k] += 1
+    assert given == {0: 5000, 1: 3000, 2: 2000}
+    for windows, counts in zip(rows.windows, seen, strict=True):
+        assert counts == Counter(windows[w]["labels"].tobytes() for w in range(len(windows)))
+
+
 def test_every_token_is_a_label_once_an_epoch(tmp_path, docs):
     rows = rows_of(corpus.write(tmp_path / "a", docs, V, files=3))
     stream = [t for d in docs for t in d]
@@ -107,6 +127,11 @@ def test_batches_from_any_step_on_any_mesh_are_the_rows(tmp_path, docs, devices)
         for k, value in batch.items():
             assert value.dtype == np.int32 and len(value.sharding.device_set) == devices
             np.testing.assert_array_equal(value, [rows[n * 8 + i][k] for i in range(8)])
+
+
+def test_less_than_a_row_is_said(tmp_path, docs, caplog):
+    rows_of(corpus.write(tmp_path / "a", [[1, 2, 0], [3, 0]], V))
+    assert "holds 5 tokens, less than a row of 16" in caplog.text
 
 
 def test_data_that_does_not_fit_is_named(tmp_path, docs):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from infer import convert
 from smoljax import weights
 from smoljax.errors import run
 from train import evaluate, pretrain
@@ -48,12 +49,12 @@ def test_loss_perplexity_bits_and_positions_are_those_computed_by_hand(place, ca
     assert evaluate.main([str(place / "run"), "--data", str(place / "shards"), "--batch-size", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     stream = [t for d in corpus.documents(60, V) for t in d]
-    nats, positions = by_hand(weights.read(place / "run").model, stream)
+    nats, positions = by_hand(weights.load(place / "run"), stream)
     assert found["tokens"] == len(stream) - 1 == len(nats)
     assert found["loss"] == pytest.approx(nats.mean(), abs=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(nats.mean()), rel=1e-5)
-    # corpus.write says four bytes of text a token
-    assert found["bits_per_byte"] == pytest.approx(nats.mean() / np.log(2) / 4, abs=1e-5)
+    size = sum(corpus.length(t) for t in stream[1:])  # the first token is predicted by nobody
+    assert found["bits_per_byte"] == pytest.approx(nats.sum() / np.log(2) / size, abs=1e-5)
     assert list(found["loss_by_position"]) == ["0-127", "128-159"]
     for name, part in (("0-127", positions < 128), ("128-159", positions >= 128)):
         assert found["loss_by_position"][name] == pytest.approx(nats[part].mean(), abs=1e-5)
@@ -61,13 +62,36 @@ def test_loss_perplexity_bits_and_positions_are_those_computed_by_hand(place, ca
 
 def test_a_part_of_the_tokens_and_longer_windows(place, capsys):
     argv = [str(place / "run"), "--data", str(place / "shards")]
-    assert evaluate.main([*argv, "--max-tokens", "300", "--mask-documents"]) == 0
+    assert evaluate.main([*argv, "--max-tokens", "300", "--json"]) == 0  # two windows
+    found = json.loads(capsys.readouterr().out)
+    stream = [t for d in corpus.documents(60, V) for t in d][: 2 * T + 1]
+    nats, _ = by_hand(weights.load(place / "run"), stream)
+    assert found["tokens"] == 2 * T and found["loss"] == pytest.approx(nats.mean(), abs=1e-5)
+    size = sum(corpus.length(t) for t in stream[1:])
+    assert found["bits_per_byte"] == pytest.approx(nats.sum() / np.log(2) / size, abs=1e-5)
+
+    assert evaluate.main([*argv, "--mask-documents"]) == 0
     out = capsys.readouterr().out
-    assert "nats per token, over" in out and "bits per byte" in out and "0-127" in out
+    first = len(corpus.documents(60, V))  # a document's first token is predicted by nobody
+    tokens = sum(map(len, corpus.documents(60, V)))
+    assert f"nats per token, over {tokens - first:,} tokens" in out and "bits per byte" in out and "0-127" in out
     assert evaluate.main([*argv, "--seq-len", "512", "--json"]) == 0
     captured = capsys.readouterr()
     assert "beyond the model's 160 positions" in captured.err
     assert list(json.loads(captured.out)["loss_by_position"]) == ["0-127", "128-255", "256-511"]
+
+
+def test_every_kind_of_model_gives_the_same_loss(place, capsys, tmp_path):
+    assert convert.main([str(place / "run"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert convert.main([str(place / "run"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
+    found = []
+    for model in (place / "run", place / "run/checkpoints/2", tmp_path / "hf", tmp_path / "orbax"):
+        capsys.readouterr()
+        assert evaluate.main([str(model), "--data", str(place / "shards"), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["loss"])
+    assert found == [found[0]] * 4
+    assert evaluate.main([str(place / "run"), "--data", str(place / "shards"), "--json", "--dtype", "bfloat16"]) == 0
+    assert 0 < abs(json.loads(capsys.readouterr().out)["loss"] - found[0]) < 0.01
 
 
 def test_mistakes_are_one_sentence(place, capsys, tmp_path):

@@ -51,7 +51,11 @@ def test_speed_is_of_the_steps_since_the_last_record(monkeypatch):
 
     model = replace(SIZES["smollm2-135m"])
     config = Train(model=model, steps=10, data=Data(batch_size=8, seq_len=1024), optim=Optim(warmup_steps=0))
-    meter = metrics.Meter(config, [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2, start=4)
+    meter = metrics.Meter(
+        config,
+        [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: {"peak_bytes_in_use": 2e9})] * 2,
+        start=4,
+    )
     values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "labels": 8192.0}
     with meter.waiting():
         spend(50)  # before the first step: no step waits for it
@@ -64,13 +68,17 @@ def test_speed_is_of_the_steps_since_the_last_record(monkeypatch):
             spend(0.0)
         spend(1.5)
     first = meter.record(6, values)
-    assert first["train/compile_s"] == 30 and first["train/step_time_s"] == 2.0 and first["train/data_wait_s"] == 0.5
+    assert first["goodput/compile_s"] == 30 and first["train/step_time_s"] == 2.0 and first["train/data_wait_s"] == 0.5
     assert first["train/tokens"] == 6 * 8192 and first["train/tokens_per_sec"] == 4096
     assert first["train/tokens_per_sec_per_device"] == 2048
     assert first["train/mfu"] == pytest.approx(4096 * metrics.flops_per_token(model, 1024) / (2 * 989e12))
+    assert first["device/mem_peak_gb"] == 2
+    with meter.saving():
+        spend(9)  # its own time, not the next step's
     spend(1)
     second = meter.record(7, values)
-    assert second["train/step_time_s"] == 1.0 and "train/compile_s" not in second
+    assert second["train/step_time_s"] == 1.0 and "goodput/compile_s" not in second
+    assert second["goodput/checkpoint_s"] == 9
 
 
 def test_numbers_for_people():

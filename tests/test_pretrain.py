@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from infer import convert
 from smoljax import checkpoint, metrics
 from smoljax.errors import run
 from train import pretrain
@@ -154,7 +155,10 @@ MISTAKES = {
     "vocabulary": (["model.vocab_size=40"], 3, "beyond model.vocab_size = 40"),
     "mesh": (["mesh.tensor=3"], 2, "found 8; set mesh.data"),
     "rows": (["data.batch_size=12"], 2, "does not split over 8 devices"),
-    "missing weights": (["init_from=nowhere"], 2, "nowhere"),
+    "missing weights": (["init_from=nowhere"], 2, "init_from = nowhere does not exist"),
+    "end of text": (["model.eos_token_id=3"], 2, "ends its documents with token 0, but model.eos_token_id is 3"),
+    "no folder": (["run="], 2, "run is empty"),
+    "seed": (["seed=99999999999"], 2, "below 2**32"),
 }
 
 
@@ -177,6 +181,14 @@ def test_a_run_goes_on_only_as_itself(place, capsys):
     assert run(pretrain.main, words(place, "itself", "steps=6", "optim.lr=1e-3")) == 0
     assert "resuming with optim.lr = 0.001 (was 0.01)" in capsys.readouterr().err
 
+    # Weights are no run: training into their folder would take it for a fresh one, and delete them.
+    for form in ("hf", "orbax"):
+        assert convert.main([str(place / "itself"), str(place / form), "--to", form]) == 0
+        before = sorted(p for p in (place / form).rglob("*"))
+        assert run(pretrain.main, words(place, form)) == 2
+        assert "not a run" in capsys.readouterr().err
+        assert sorted(p for p in (place / form).rglob("*")) == before
+
     (place / "file").write_text("")
     assert run(pretrain.main, words(place, "file")) == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -184,6 +196,59 @@ def test_a_run_goes_on_only_as_itself(place, capsys):
     (place / "papers/thesis.txt").write_text("mine")
     assert run(pretrain.main, words(place, "papers")) == 2
     assert "is not empty and not a run" in capsys.readouterr().err
+
+
+def test_weights_of_another_tokenizer_are_refused(place, capsys, tmp_path):
+    assert pretrain.main(words(place, "first")) == 0
+    other = corpus.write(tmp_path / "other", corpus.documents(50, 60), 60)
+    capsys.readouterr()
+    settings = (f"data.sources={other}", f"init_from={place / 'first'}")
+    assert run(pretrain.main, words(place, "second", *settings)) == 3
+    assert "was made with another tokenizer than the model's" in capsys.readouterr().err
+
+
+def test_a_start_killed_before_its_first_checkpoint_may_change(place):
+    assert run(pretrain.main, words(place, "began", "mesh.tensor=3")) == 2  # after the folder was made
+    other = ("seed=1", f"data.sources={place / 'others'}")
+    assert pretrain.main(words(place, "began", *other)) == 0
+    assert json.loads((place / "began/config.json").read_text())["seed"] == 1
+
+
+def test_one_run_is_trained_by_one_process(place):
+    argv = words(place, "busy", "steps=100000", "save_every=100000")
+    first = process(*argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not metrics.read(place / "busy"):
+        time.sleep(0.05)
+    second = process(*argv, stderr=subprocess.PIPE, text=True)
+    _, stderr = second.communicate()
+    first.kill()
+    assert first.wait() == -signal.SIGKILL and second.returncode == 2
+    assert "another `smoljax pretrain` is at work in" in stderr and "Traceback" not in stderr
+
+
+def test_a_damaged_metrics_file_is_named(place, capsys):
+    assert pretrain.main(words(place, "metrics", "steps=2")) == 0
+    (place / "metrics/metrics.jsonl").write_text('{"step": 1}\n{"step": oh}\n')
+    assert run(pretrain.main, words(place, "metrics", "steps=4")) == 4
+    assert "metrics.jsonl:2 is not JSON" in capsys.readouterr().err
+
+
+def test_numbers_are_read_a_step_late(place, monkeypatch):
+    events = []
+
+    class Meter(metrics.Meter):
+        def dispatching(self):
+            events.append("dispatch")
+            return super().dispatching()
+
+        def record(self, n, values):
+            events.append(n)
+            return super().record(n, values)
+
+    monkeypatch.setattr(metrics, "Meter", Meter)
+    assert pretrain.main(words(place, "late", "steps=5", "save_every=4")) == 0
+    d = "dispatch"  # step 4 is saved, and the last is the last: nothing is dispatched before they are read
+    assert events == [d, d, 1, d, 2, d, 3, 4, d, 5]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(place, capsys):
@@ -208,4 +273,4 @@ def test_one_step_program_is_compiled(place, caplog):
         assert pretrain.main(words(place, "compiled", "steps=5", "data.seq_len=24")) == 0
     assert sum("Compiling jit(train_step)" in r.getMessage() for r in caplog.records) == 1
     records = metrics.read(place / "compiled")
-    assert "train/compile_s" in records[0] and all("train/compile_s" not in r for r in records[1:])
+    assert "goodput/compile_s" in records[0] and all("goodput/compile_s" not in r for r in records[1:])

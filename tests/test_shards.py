@@ -32,8 +32,19 @@ def write_shards(folder, dtype="<u2", manifest=True):
         entries.append({"file": file.name, "tokens": tokens, "documents": len(documents)} | hashes)
     if manifest:
         totals = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents")}
-        content = {"format": "smoljax-shards", "version": 1, "dtype": f"uint{8 * int(dtype[2])}", "vocab_size": 10}
-        content |= {"max_token_id": 9, "text_bytes": 100, "tokenizer_sha256": sha256(folder / "tokenizer.json")}
+        content = {
+            "format": "smoljax-shards",
+            "version": 1,
+            "dtype": f"uint{8 * int(dtype[2])}",
+            "vocab_size": 10,
+            "eos_token_id": 0,
+        }
+        content |= {
+            "eos_token_id": 0,
+            "max_token_id": 9,
+            "text_bytes": 100,
+            "tokenizer_sha256": sha256(folder / "tokenizer.json"),
+        }
         (folder / "manifest.json").write_text(json.dumps(content | totals | {"shards": entries}))
     return folder
 

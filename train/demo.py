@@ -29,10 +29,11 @@ def main(argv=None) -> int:
     parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings for the pretraining, such as steps=200")
     args = parser.parse_args(argv)
     out, begun = args.output, time.monotonic()
-    require(
-        not out.exists() or (out / "corpus").exists(), f"{out} exists and is no demo's folder; name another --output"
-    )
+    mark = out / "smoljax-demo"  # what is deleted below is an earlier demo's and nobody else's
+    require(not out.exists() or mark.exists(), f"{out} exists and is no demo's folder; name another --output")
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    mark.touch()
 
     # ---- text -> shards
     title("the text: this machine's Python library")
@@ -42,9 +43,9 @@ def main(argv=None) -> int:
     smoljax("prepare", out / "corpus/heldout", "--tokenizer", train / "tokenizer.json", "--output", heldout)
 
     # ---- pretrain, kill, resume
-    title("pretrain at 128 tokens, kill -9 half way, resume with the same command")
+    title("pretrain at 128 tokens; kill -9 on the way, and resume with the same command")
     command = ("pretrain", "demo", f"data.sources={train}", f"run={short}", *args.settings)
-    kill_half_way(short, *command)
+    kill_on_the_way(short, *command)
     smoljax(*command)
     before = evaluate(short, heldout)
 
@@ -93,14 +94,13 @@ def evaluate(model: Path, heldout: Path) -> dict:
     return json.loads(smoljax(*words, "--json", capture=True))
 
 
-def kill_half_way(folder: Path, *command):
+def kill_on_the_way(folder: Path, *command):
     """Start the run and kill it without warning once it is past its first checkpoint."""
-    from smoljax import metrics
+    from smoljax import checkpoint, metrics
 
     process = smoljax(*command, wait=False)
     while process.poll() is None:
-        saved = [int(p.parent.name) for p in folder.glob("checkpoints/[0-9]*/commit_success.txt")]
-        records = metrics.read(folder)
+        saved, records = checkpoint.steps(folder), metrics.read(folder)
         if saved and records and records[-1]["step"] > max(saved):
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -146,17 +146,17 @@ def docstrings_of(source: str) -> list[str]:
 def summary(out: Path, short: Path, long: Path, before: dict, after: dict) -> str:
     from smoljax import metrics
 
-    first = metrics.read(short)[0]["train/loss"]
+    first = metrics.read(short)[0]
     key = "train/tokens_per_sec"
     speed = [statistics.median(r[key] for r in metrics.read(p)) for p in (short, long)]
     rows = [("held-out loss at position", *before["loss_by_position"])]
-    rows += [("first step", f"{first:.3f}")]
     rows += [
         (name, *(f"{loss:.3f}" for loss in result["loss_by_position"].values()))
         for name, result in (("trained at 128", before), ("extended to 512", after))
     ]
     lines = ["".join(f"{cell:<{28 if i == 0 else 12}}" for i, cell in enumerate(row)) for row in rows]
     lines += [
+        f"training loss at step {first['step']:<6}{first['train/loss']:.3f}, guessing is ln(4096) = 8.318",
         f"bits per byte               {before['bits_per_byte']:.3f} -> {after['bits_per_byte']:.3f} at 512 tokens",
         f"tokens/s                    {speed[0]:,.0f} at 128, {speed[1]:,.0f} at 512",
     ]

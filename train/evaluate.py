@@ -24,7 +24,7 @@ def main(argv=None) -> int:
     parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint or a Hugging Face folder")
     parser.add_argument("--data", metavar="DIR", required=True, help="a folder made by `smoljax prepare`")
     parser.add_argument("--seq-len", type=int, metavar="T", help="window (default: the model's longest context)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows at a time (default: 8)")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="rows at a time (default: 8192 / T)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after about N tokens (default: all)")
     parser.add_argument("--mask-documents", action="store_true", help="a document sees itself alone")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32")
@@ -34,7 +34,7 @@ def main(argv=None) -> int:
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}, expected at least 1")
 
-    from smoljax import runtime, weights
+    from smoljax import runtime, tokenizer, weights
     from smoljax.data import Windows
 
     runtime.start()
@@ -44,17 +44,20 @@ def main(argv=None) -> int:
     if T > longest:  # worth looking at: it is what extending the context is for
         print(f"--seq-len {T} is beyond the model's {longest} positions", file=sys.stderr)
     windows = Windows(args.data, T, found.config.vocab_size, args.mask_documents)
-    check_tokenizer(found.tokenizer, windows.shards)
+    weights.check_tokenizer(found, windows.shards)
     count = min(len(windows), math.ceil(args.max_tokens / T)) if args.max_tokens else len(windows)
 
-    nats, labels = by_position(found.model, windows, count, args.batch_size, Compute(dtype=args.dtype))
-    result = summarise(nats, labels, windows.shards) | {"model": str(args.model), "data": str(args.data), "seq_len": T}
+    words = found.tokenizer or windows.shards.tokenizer_path
+    lengths = tokenizer.byte_lengths(tokenizer.load(words)) if words else None
+    rows = args.batch_size or max(1, 8192 // T)
+    nats, labels, size = by_position(found.model, windows, count, rows, lengths, Compute(dtype=args.dtype))
+    result = summarise(nats, labels, size) | {"model": str(args.model), "data": str(args.data), "seq_len": T}
     print(json.dumps(result) if args.json else table(result))
     return 0
 
 
-def by_position(model, windows, count: int, batch_size: int, compute: Compute):
-    """Sum of nats and number of labels at each position, [T] each, over the first `count` windows."""
+def by_position(model, windows, count: int, batch_size: int, lengths, compute: Compute):
+    """Nats and number of labels at each position, [T] each, over the first `count` windows, and the labels' bytes."""
     import jax
 
     from smoljax import sharding
@@ -66,7 +69,7 @@ def by_position(model, windows, count: int, batch_size: int, compute: Compute):
     with jax.set_mesh(mesh):
         model = jax.device_put(model, sharding.shardings(model, mesh))
         step = jax.jit(partial(losses, compute=compute))
-        nats, labels = np.zeros(windows.seq_len), np.zeros(windows.seq_len, int)
+        nats, labels, size = np.zeros(windows.seq_len), np.zeros(windows.seq_len, int), 0
         for first in range(0, count, rows):
             some = [windows[w] for w in range(first, min(first + rows, count))]
             batch = {k: np.stack([w[k] for w in some]) for k in some[0]}
@@ -74,30 +77,23 @@ def by_position(model, windows, count: int, batch_size: int, compute: Compute):
             batch = {k: np.pad(v, ((0, missing), (0, 0)), constant_values=FILL[k]) for k, v in batch.items()}
             values = step(model, jax.device_put(batch, sharding.batch_sharding(mesh)))
             nats += np.asarray(values, np.float64).sum(0)
-            labels += (batch["labels"] != IGNORE).sum(0)
+            real = batch["labels"] != IGNORE
+            labels += real.sum(0)
+            size += 0 if lengths is None else int(lengths[batch["labels"][real]].sum())
             if sys.stderr.isatty():
                 print(f"\r{first + len(some)}/{count} windows", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    return nats, labels
+    return nats, labels, size
 
 
 FILL = {"tokens": 0, "labels": -1, "segments": 0}
 
 
-def check_tokenizer(tokenizer, shards):
-    from smoljax.tokenizer import sha256
-
-    if tokenizer is None or shards.tokenizer_sha256 is None:
-        print("the model or the shards carry no tokenizer: nothing says that they belong together", file=sys.stderr)
-    elif sha256(tokenizer) != shards.tokenizer_sha256:
-        raise DataError(
-            f"{shards.path} was made with another tokenizer than the model's {tokenizer} (sha256 "
-            f"{shards.tokenizer_sha256[:12]} and {sha256(tokenizer)[:12]}); prepare it with --tokenizer {tokenizer}"
-        )
-
-
-def summarise(nats, labels, shards) -> dict:
+def summarise(nats, labels, size: int) -> dict:
+    """size: bytes of text that the labels stand for; 0 where the tokenizer does not say."""
+    if not labels.sum():
+        raise DataError("no token is predicted here: every document is one token long; leave out --mask-documents")
     loss = float(nats.sum() / labels.sum())
     if not math.isfinite(loss):
         raise DataError(f"the loss is {loss}: the model's weights are not finite")
@@ -107,11 +103,10 @@ def summarise(nats, labels, shards) -> dict:
         for a, b in zip(edges[:-1], edges[1:], strict=True)
         if labels[a:b].sum()
     }
-    per_byte = shards.num_tokens / shards.text_bytes if shards.text_bytes else None
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) * per_byte if per_byte else None,
+        "perplexity": math.exp(loss) if loss < 700 else None,  # e^710 is beyond a double
+        "bits_per_byte": float(nats.sum() / math.log(2) / size) if size else None,
         "tokens": int(labels.sum()),
         "loss_by_position": buckets,
     }
@@ -121,8 +116,8 @@ def table(result: dict) -> str:
     bits = result["bits_per_byte"]
     lines = [
         f"loss           {result['loss']:.4f} nats per token, over {result['tokens']:,} tokens",
-        f"perplexity     {result['perplexity']:.2f}",
-        f"bits per byte  {bits:.4f}" if bits else "bits per byte  unknown: the shards have no manifest",
+        f"perplexity     {result['perplexity']:.2f}" if result["perplexity"] else "perplexity     beyond 1e304",
+        f"bits per byte  {bits:.4f}" if bits else "bits per byte  unknown: no byte-level tokenizer",
         "position       loss",
     ]
     return "\n".join(lines + [f"  {k:12s} {v:.4f}" for k, v in result["loss_by_position"].items()])

@@ -9,7 +9,6 @@ nothing. datatrove 0.10.1 would call changed inputs "already completed".
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from smoljax import atomic
 from smoljax import tokenizer as tok
 from smoljax.encode import TASK, Reader, deal, describe, publish, run_pipeline, say
 from smoljax.errors import DataError, UsageError, run
@@ -36,14 +36,9 @@ def claim(out: Path):
         raise UsageError(f"--output {out} is not empty and not from `smoljax prepare`: give a new or an empty folder")
     try:
         (out / ".prepare").mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".prepare/lock", "w")
     except OSError as e:
         raise UsageError(f"--output {out} cannot be written ({e.strerror}): give another folder") from None
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however it ends
-        except OSError:
-            raise UsageError(f"another `smoljax prepare` is at work in {out}: wait for it to end") from None
+    with atomic.lock(out / ".prepare/lock", f"another `smoljax prepare` is at work in {out}: wait for it to end"):
         yield
 
 
@@ -77,8 +72,7 @@ def train_tokenizer(sources: list[Source], args, path: Path) -> None:
 
 
 def load_tokenizer(path: Path, given: str):
-    """The tokenizer as datatrove must have it: contiguous ids, an EOS, and no truncation or padding, which a
-    tokenizer.json may ask for and which would silently cut documents."""
+    """The tokenizer as datatrove must have it: contiguous ids and an EOS."""
     tokenizer = tok.load(path)
     if tokenizer.token_to_id(tok.EOS) is None:
         raise DataError(f"{given} has no token {tok.EOS!r}, which ends every document: give a tokenizer that has it")
@@ -87,8 +81,6 @@ def load_tokenizer(path: Path, given: str):
     if missing := tok.missing_bytes(tokenizer):
         names = " ".join(f"{byte:02X}" for byte in missing)
         say(f"this tokenizer has no token for {len(missing)} of the 256 bytes and drops them: {names}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 

@@ -15,14 +15,7 @@ from pathlib import Path
 
 from smoljax import atomic, settings
 from smoljax.config import Train
-from smoljax.errors import DataError, Error, UsageError, require, run
-
-# What a resumed run may change: how it computes, how it reports, and the schedule ahead. All else is refused.
-FREE = {
-    *("steps", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.decay_steps", "optim.decay"),
-    *("accumulate", "log_every", "save_every", "keep", "keep_every", "run"),
-    *("compute.dtype", "compute.remat", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.tensor"),
-}
+from smoljax.errors import Error, require, run
 
 
 def main(argv=None) -> int:
@@ -39,15 +32,20 @@ def main(argv=None) -> int:
     config = settings.load(args.config, args.settings)
     folder = Path(config.run)
 
-    # ---- data: opened first, so that what is wrong with it is said before a device is touched
+    # ---- what can be known before JAX starts: the run's folder, the weights to start from, the data
+    from smoljax import runs
     from smoljax.data import Rows, batches
 
     rows = Rows(config.data, config.model.vocab_size)
+    check_data(config, rows)
+    if config.init_from:
+        require(Path(config.init_from).exists(), f"init_from = {config.init_from} does not exist")
+    runs.open_run(folder, config)
 
     # ---- mesh
     import jax
 
-    from smoljax import curves, metrics, runtime, sharding
+    from smoljax import metrics, runtime, sharding
     from smoljax.checkpoint import Checkpoints
     from smoljax.step import init_state, train_step
 
@@ -61,23 +59,28 @@ def main(argv=None) -> int:
         f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
         "(mesh.data x mesh.fsdp); change one of them",
     )
-    open_run(folder, config)
-    with jax.set_mesh(mesh), Checkpoints(folder, config.keep, config.keep_every) as checkpoints:
+    busy = f"another `smoljax pretrain` is at work in {folder}; wait for it to end, or name another folder with run=DIR"
+    with (
+        atomic.lock(folder / ".lock", busy),
+        jax.set_mesh(mesh),
+        Checkpoints(folder, config.keep, config.keep_every) as checkpoints,
+    ):
         # ---- state
         abstract = jax.eval_shape(partial(init_state, config))
         places = sharding.shardings(abstract, mesh)
         start = checkpoints.latest or 0
         if start:
-            check_same_run(config, rows, checkpoints.metadata(start))
+            runs.check_same_data(config, rows, checkpoints.metadata(start))
             if start >= config.steps:
+                draw_curves(folder)
                 print(f"{folder} is complete: {start} steps; raise steps to go on")
                 return 0
             state = checkpoints.restore(start, abstract, places)
         else:
-            model = initial_weights(config, abstract, places) if config.init_from else None
-            state = jax.jit(partial(init_state, config), out_shardings=places)(model)
-        write_run(folder, config, rows)
-        metadata = {"config": dataclasses.asdict(config), "data": identity(config, rows)}
+            model = initial_weights(config, abstract, places, rows) if config.init_from else None
+            state = jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
+        runs.write_run(folder, config, rows)
+        metadata = {"config": dataclasses.asdict(config), "data": runs.identity(config, rows)}
         print(header(config, rows, mesh, start), file=sys.stderr, flush=True)
 
         # ---- step
@@ -91,6 +94,7 @@ def main(argv=None) -> int:
                     f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']}; the run stops here. "
                     f"The newest checkpoint, {checkpoints.latest or 'none'}, is from before; try a lower optim.lr"
                 )
+            checkpoints.check()
             epochs = {"data/epochs": rows.epochs(n * config.data.batch_size)}
             log.write(meter.record(n, values) | epochs)
             return values
@@ -110,65 +114,39 @@ def main(argv=None) -> int:
                 unread = (n, on_device) if save or n % config.log_every == 0 else None
                 if save:  # a checkpoint has its metrics, and is never of a step whose loss was not finite
                     last, unread = record(*unread), None
-                    checkpoints.save(n, metadata, model=state.model, opt=state.opt_state)
+                    with meter.saving():
+                        checkpoints.save(n, metadata, model=state.model, opt=state.opt_state)
             checkpoints.wait()
 
     # ---- result
-    try:
-        curves.draw([folder], folder / "curves.png")
-    except ImportError:
-        print("no curves.png: pip install smoljax[plot] brings matplotlib", file=sys.stderr)
+    draw_curves(folder)
     print(
         f"{folder}: {config.steps} steps, {metrics.human(meter.tokens(config.steps))} tokens, loss {last['loss']:.4f}"
     )
     return 0
 
 
-def open_run(folder: Path, config: Train):
-    """A new folder becomes a run by its config.json, so that a run killed at once is known for one."""
+def draw_curves(folder: Path):
+    from smoljax import curves
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not any(folder.iterdir()):
-            atomic.write_json(folder / "config.json", dataclasses.asdict(config))
-    except OSError as e:
-        raise UsageError(f"run = {folder} cannot be written ({e.strerror}); name another folder with run=DIR") from None
-    if not (folder / "config.json").exists():
-        raise UsageError(f"{folder} is not empty and not a run (it has no config.json); name a new folder with run=DIR")
+        curves.draw([folder], folder / "curves.png")
+    except ImportError:
+        print("no curves.png: pip install smoljax[plot] brings matplotlib", file=sys.stderr)
 
 
-def write_run(folder: Path, config: Train, rows):
-    """config.json and tokenizer.json, each complete or absent."""
-    atomic.write_json(folder / "config.json", dataclasses.asdict(config))
-    tokenizers = [w.shards.tokenizer_path for w in rows.windows if w.shards.tokenizer_path]
-    if tokenizers and not (folder / "tokenizer.json").exists():
-        atomic.copy(tokenizers[0], folder / "tokenizer.json")
-
-
-def identity(config: Train, rows) -> list[dict]:
-    """The run's data by content, not by place: a moved folder is the same source."""
-    weights = config.data.sources
-    return [{"source": n, "weight": weights[n], "fingerprint": f} for n, f in rows.fingerprints().items()]
-
-
-def check_same_run(config: Train, rows, saved: dict):
-    """A checkpoint goes on only as the run that it is; what may change is said."""
-    before, now = settings.flat(settings.from_dict(Train, saved["config"])), settings.flat(config)
-    changed = [k for k in now if k != "data.sources" and before[k] != now[k]]
-    refused = [f"{k} = {now[k]} (the run has {before[k]})" for k in changed if k not in FREE]
-    require(
-        not refused, f"{config.run} is a run of another config: {', '.join(refused)}; name a new folder with run=DIR"
-    )
-    was, new = ([(s["weight"], s["fingerprint"]) for s in x] for x in (saved["data"], identity(config, rows)))
-    if was != new:
-        names = ", ".join(s["source"] for s in saved["data"])
-        raise DataError(
-            f"{config.run} was trained on other data than data.sources now holds: {names}, as they were then"
+def check_data(config: Train, rows):
+    """The shards' end of document must be the model's: it is what generation stops at."""
+    for windows in rows.windows:
+        ours, theirs = config.model.eos_token_id, windows.shards.eos_token_id
+        require(
+            ours is None or theirs is None or ours == theirs,
+            f"{windows.shards.path} ends its documents with token {theirs}, but model.eos_token_id is {ours}; "
+            f"set model.eos_token_id={theirs} (and model.bos_token_id)",
         )
-    for k in changed:
-        print(f"resuming with {k} = {now[k]} (was {before[k]})", file=sys.stderr)
 
 
-def initial_weights(config: Train, abstract, places):
+def initial_weights(config: Train, abstract, places, rows):
     """The weights that config.init_from names, in f32, as this run's model: theta and length may differ, shapes not."""
     import jax
 
@@ -186,6 +164,8 @@ def initial_weights(config: Train, abstract, places):
     )
     differ = [f"model.{k} = {ours[k]} (there {theirs[k]})" for k in ours if k not in same and ours[k] != theirs[k]]
     require(not differ, f"init_from = {config.init_from} has another architecture: {', '.join(differ)}")
+    for windows in rows.windows:
+        weights.check_tokenizer(found, windows.shards)
     model = jax.tree.unflatten(jax.tree.structure(abstract.model), jax.tree.leaves(found.model))
     return jax.device_put(model, places.model)
 
