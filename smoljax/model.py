@@ -105,8 +105,8 @@ class SmolLM(nnx.Module):
             block, cache = block_and_cache
             return block(x, angles, segments, positions, cache)
 
-        if compute.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        if compute.remat:  # forward and backward are two loops, between which XLA merges nothing, unless fully unrolled
+            layer = jax.checkpoint(layer, prevent_cse=compute.unroll >= c.num_hidden_layers)
         layers = cast(self.layers, dtype)
         x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=min(compute.unroll, c.num_hidden_layers))
         return rms_norm(x, self.norm, c.rms_norm_eps), cache
@@ -119,7 +119,10 @@ class SmolLM(nnx.Module):
 
 def cast(tree, dtype):
     """The matrices in the dtype that they are multiplied in; norms' scales stay f32, as rms_norm multiplies them."""
-    one = lambda w: w.replace(w[...].astype(dtype)) if len(w.dims) > 1 else w  # noqa: E731
+
+    def one(w):
+        return w.replace(w[...].astype(dtype)) if len(w.dims) > 1 else w
+
     return jax.tree.map(one, tree, is_leaf=is_variable)
 
 
