@@ -1,6 +1,8 @@
 """`smoljax VERB ...`: each verb is a program in train/ or infer/, imported only when it is asked for."""
 
 import importlib
+import logging
+import signal
 import sys
 
 from smoljax.errors import UsageError, run
@@ -38,6 +40,14 @@ def dispatch(argv: list[str]) -> int:
 
 
 def main() -> int:
+    # An exception in the middle of an import is swallowed here and a crash there: until runtime.py hears interrupts,
+    # Ctrl-C ends the process.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    notes = logging.StreamHandler()
+    notes.setFormatter(logging.Formatter("smoljax: %(message)s"))
+    logging.getLogger("smoljax").addHandler(notes)
+    logging.getLogger("smoljax").propagate = False
     return run(dispatch, sys.argv[1:])
 
 

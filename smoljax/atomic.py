@@ -50,7 +50,11 @@ def lock(file: Path, sentence: str):
 
     The lock falls with the process, however it ends.
     """
-    with open(file, "w") as held:
+    try:
+        held = open(file, "w")
+    except OSError as e:
+        raise UsageError(f"{file.parent} cannot be written ({e.strerror}); name another folder") from None
+    with held:
         try:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

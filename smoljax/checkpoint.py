@@ -137,7 +137,9 @@ def read(orbax, step: int, trees: dict) -> dict:
 
 def unreadable(path: Path, e: Exception) -> CheckpointError:
     """Orbax's own text names a handler; the first cause behind it says what is wrong."""
-    return CheckpointError(f"checkpoint {path} cannot be read: {root_cause(e)}")
+    return CheckpointError(
+        f"checkpoint {path} cannot be read: {root_cause(e)}; without its folder the one before is used"
+    )
 
 
 def root_cause(e: BaseException) -> str:
@@ -149,9 +151,10 @@ def root_cause(e: BaseException) -> str:
 def locate(path: Path) -> tuple[Path, int | None] | None:
     """(run, None) for a run's folder, (run, step) for one of its checkpoints, None for anything else."""
     path = Path(path).resolve()
+    path = path.parent if path.name == "checkpoints" else path
     if (path / "checkpoints").is_dir():
         return path, None
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
+    if path.parent.name == "checkpoints" and path.parent.is_dir() and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return None
 

@@ -199,7 +199,7 @@ class Train:
         ramps = self.optim.warmup_steps + self.optim.decay_steps
         require(
             ramps <= self.steps,
-            f"optim.warmup_steps + optim.decay_steps = {ramps} do not fit into steps = {self.steps}",
+            f"optim.warmup_steps + optim.decay_steps = {ramps} do not fit into steps = {self.steps}; set all three",
         )
         b, a = self.data.batch_size, self.accumulate
         require(b % a == 0, f"data.batch_size is {b}, which accumulate = {a} does not divide")

@@ -26,11 +26,9 @@ def draw(runs: list[Path], file: Path):
             points = [(r["train/tokens"] / 1e6, r[key]) for r in records if key in r]
             if points:
                 axis.plot(*zip(*points, strict=True), label=Path(run).name, linewidth=1.2)
-    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, title in zip(axes.flat, PANELS.values(), strict=True):
         axis.set(title=title, xlabel="million tokens")
         axis.grid(alpha=0.3)
-        if key == "train/grad_norm":
-            axis.set_yscale("log")
     axes[0, 0].legend(frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -150,8 +151,11 @@ def run_pipeline(reader: Reader, out: Path, workers: int, seed: int) -> None:
     workers = min(workers, len(todo))
     stop = context.Event()
     setup = reader.work / "logs/workers.log", max(1, (os.cpu_count() or 1) // workers), stop
+    # Workers are born deaf to Ctrl-C, which a terminal sends to all: the parent hears it, and stops them.
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(workers, context, start_worker, setup)
     tasks = [pool.submit(run_task, reader, rank, seed) for rank in todo]
+    signal.signal(signal.SIGINT, heard)
     try:
         watch(tasks, counts, total=sum(source.bytes for rank in todo for source in reader.tasks[rank]))
         for task in tasks:

@@ -6,6 +6,7 @@ A sentence names the thing, what was found, what was expected and what to do. Wh
 is our bug and keeps its traceback.
 """
 
+import errno
 import os
 import sys
 
@@ -54,11 +55,15 @@ def run(main, argv=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports SIGPIPE
     except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"smoljax: {e.filename or 'the output'} cannot be written: {e.strerror}", file=sys.stderr)
+            return 1
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         print(
-            "smoljax: the device has not enough memory for this; fewer rows at a time (accumulate=, --batch-size), "
-            f"set compute.remat=true, or use more devices ({str(e).splitlines()[0][:200]})",
+            "smoljax: the device has not enough memory; take shorter or fewer rows (data.seq_len and accumulate, "
+            "or --seq-len and --batch-size), set compute.remat=true to train, or use more devices "
+            f"({str(e).splitlines()[0][:200]})",
             file=sys.stderr,
         )
         return 1

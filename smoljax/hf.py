@@ -72,7 +72,10 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[SmolLM, Model]:
     config = read_config(folder)
     model = abstract(config)
     with open_tensors(folder) as file:
-        source = check(file, model, config)
+        try:
+            source = check(file, model, config)
+        except DataError as e:
+            raise DataError(f"{folder}: {e}") from None
         dtype = jnp.dtype(dtype or source)
         for ours, param, sizes, names, pattern in rows(model, config):
             array = np.empty(param.shape, dtype)
@@ -99,6 +102,10 @@ def open_tensors(folder: Path):
                 'save it as one, in transformers: model.save_pretrained(folder, max_shard_size="100GB")'
             )
         raise DataError(f"{folder} has a config.json but no model.safetensors; expected the weights in that file")
+    try:
+        path.open("rb").close()
+    except OSError as e:
+        raise DataError(f"{path} cannot be read ({e.strerror})") from None
     try:
         with safe_open(path, "numpy") as file:
             yield file

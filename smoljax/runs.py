@@ -6,7 +6,6 @@ RUN/metrics.jsonl see metrics.py           RUN/checkpoints/STEP  see checkpoint.
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from smoljax import atomic, checkpoint, settings, tokenizer
@@ -22,8 +21,9 @@ FREE = {
 }
 
 
-def open_run(folder: Path, config: Train):
-    """A new folder becomes a run by its config.json; an old one must be the same run. What may change is said."""
+def open_run(folder: Path, config: Train) -> list[str]:
+    """A new folder becomes a run by its config.json; an old one must be the same run. Returns its changes."""
+    require(not folder.is_file(), f"run = {folder} is a file, expected a folder; name another with run=DIR")
     file = folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,15 +39,14 @@ def open_run(folder: Path, config: Train):
             f"{folder} is not empty and not a run; name a new folder with run=DIR (weights alone go into init_from=)"
         )
     if not checkpoint.steps(folder):
-        return  # nothing was trained yet: there is nothing to contradict
+        return []  # nothing was trained yet: there is nothing to contradict
     before, now = settings.flat(settings.from_dict(Train, saved)), settings.flat(config)
     changed = [k for k in now if k != "data.sources" and before[k] != now[k]]
     refused = [f"{k} = {now[k]} (the run has {before[k]})" for k in changed if k not in FREE]
     require(
         not refused, f"{config.run} is a run of another config: {', '.join(refused)}; name a new folder with run=DIR"
     )
-    for k in changed:
-        print(f"resuming with {k} = {now[k]} (was {before[k]})", file=sys.stderr)
+    return [f"{k} = {now[k]} (was {before[k]})" for k in changed if k != "run"]
 
 
 def write_run(folder: Path, config: Train, rows: Rows):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import signal
 from pathlib import Path
 
 
@@ -13,11 +14,18 @@ def start():
     """
     import jax
 
+    hear_interrupts()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "smoljax" / "jax" / processor()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def hear_interrupts():
+    """Ctrl-C is an exception from here on. Before, in the middle of imports, it ends the process (__main__.py)."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # a shell's background job ignores it, and goes on doing so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def processor() -> str:

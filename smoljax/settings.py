@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import runpy
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -25,12 +26,13 @@ def load(name: str, overrides: typing.Sequence[str] = ()) -> Train:
     except UsageError as e:
         raise UsageError(f"{file}: {e}") from None
     except Exception as e:
-        raise UsageError(f"{file} does not run as Python: {type(e).__name__}: {e}") from e
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(file)]
+        where = f"{file}:{lines[-1]}" if lines else str(file)
+        raise UsageError(f"{where} does not run as Python: {type(e).__name__}: {e}") from e
     config = names.get("config")
     require(isinstance(config, Train), f"{file} must say `config = Train(...)`, found {type(config).__name__}")
-    if config.run is None:
-        config = dataclasses.replace(config, run=f"runs/{file.stem}")
-    return override(config, overrides)
+    config = override(config, overrides)
+    return config if config.run is not None else dataclasses.replace(config, run=f"runs/{file.stem}")
 
 
 def shipped() -> dict[str, Path]:
@@ -42,8 +44,10 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     if name.endswith(".py") or "/" in name:
-        require(Path(name).is_file(), f"no config file {name}; shipped configs go by name: {', '.join(shipped())}")
-        return Path(name)
+        file = Path(name)
+        fine = file.is_file() and file.suffix == ".py"
+        require(fine, f"{name} is no config: expected a .py file that says config = Train(...), or a shipped name")
+        return file
     names = shipped()
     key = name.replace("_", "-").replace(".", "-")  # smollm2-1.7b, as on the Hub, is configs/smollm2_1_7b.py
     require(key in names, f"no config named {name!r}{meant(key, names)}; shipped are {', '.join(names)}")
@@ -70,7 +74,7 @@ def replace(config, changes: dict, prefix: str):
     new = {}
     for key, value in changes.items():
         where = f"unknown setting {prefix + key!r} in {type(config).__name__}"
-        require(key in types_of, f"{where}{meant(key, types_of)}; it has {', '.join(types_of)}")
+        require(key in types_of, f"{where}{meant(key, types_of) or elsewhere(key)}; it has {', '.join(types_of)}")
         if dataclasses.is_dataclass(types_of[key]):
             require(
                 isinstance(value, dict),
@@ -86,6 +90,7 @@ def replace(config, changes: dict, prefix: str):
 
 def parse(text: str, kind, where: str):
     """One value from the command line, by its declared type; `none` where none is allowed."""
+    require(text != "", f"{where} is empty, expected a value")
     if isinstance(kind, types.UnionType):
         if text.lower() == "none":
             return None
@@ -97,7 +102,20 @@ def parse(text: str, kind, where: str):
             return json.loads(text) if text.startswith("{") else {text: 1.0}
         return kind(text)
     except (ValueError, KeyError):
-        raise UsageError(f"{where} is {getattr(kind, '__name__', kind)}, got {text!r}") from None
+        expected = {
+            int: "a whole number, like 1000",
+            float: "a number, like 3e-4",
+            bool: "true or false",
+            dict: 'a folder, or JSON like {"shards/web": 0.7, "shards/code": 0.3}',
+        }
+        raise UsageError(f"{where} is {kind.__name__}, got {text!r}; expected {expected[kind]}") from None
+
+
+def elsewhere(leaf: str) -> str:
+    """`lr` is optim.lr."""
+    groups = {f.name: f.type for f in dataclasses.fields(Train) if dataclasses.is_dataclass(f.type)}
+    found = [f"{g}.{leaf}" for g, kind in groups.items() if leaf in {f.name for f in dataclasses.fields(kind)}]
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def meant(word: str, words) -> str:

@@ -178,7 +178,10 @@ def accepted(source: Source, text_key: str, refused: list[dict], max_bad: int):
 def check_refused(refused: list[dict], max_bad: int, count: str = "") -> None:
     if len(refused) > max_bad:
         some = "; ".join(f"{entry['where']}: {entry['why']}" for entry in refused[:3])
+        cure = "mend the text, or allow more with --max-bad"
+        if refused[0]["why"].startswith("no key"):
+            cure = "name the key that holds the text with --text-key, or allow more with --max-bad"
         raise DataError(
             f"{count or len(refused)} of the documents cannot be used, --max-bad allows {max_bad} "
-            f"({some}{'; ...' if len(refused) > 3 else ''}): mend the text, or allow more with --max-bad"
+            f"({some}{'; ...' if len(refused) > 3 else ''}): {cure}"
         )

@@ -75,7 +75,9 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, or the one in a folder."""
     file = find(path)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise DataError(f"{file} cannot be read ({e.strerror})") from None
     except Exception as e:  # `tokenizers` raises bare Exception
         raise DataError(f"{file} is not a tokenizer.json that `tokenizers` can read ({e})") from None
     # A tokenizer.json may ask for either, and would silently cut documents or put padding into prompts.

@@ -36,8 +36,10 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
     """
     path = Path(path)
     expected = "a run's folder, one of its checkpoints (RUN/checkpoints/STEP) or a Hugging Face folder"
-    require(path.exists(), f"there is no {path}; expected {expected}")
-    if run := checkpoint.locate(path):
+    run = checkpoint.locate(path)
+    require(bool(run) or path.exists(), f"there is no {path}; expected {expected} (the hub is not asked)")
+    require(not path.is_file(), f"{path} is a file; expected {expected}")
+    if run:
         model, config, step = checkpoint.load_model(path, dtype)
         folder, _ = run
         source = f"step {step} of {folder}"

@@ -348,7 +348,7 @@ def test_the_summary_speaks(go, tmp_path, tokenizer, capsys):
     put(tmp_path / "in/a.txt", "text <|endoftext|>")
     argv = [str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
     prepare.main(argv)
-    assert "1 documents" in capsys.readouterr().out
+    assert "1 document, " in capsys.readouterr().out
     prepare.main(argv)
     assert "up to date" in capsys.readouterr().out
     prepare.main(["--verify", str(tmp_path / "out")])

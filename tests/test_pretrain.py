@@ -116,7 +116,7 @@ def test_the_run_folder_holds_what_the_readme_says(place, capsys):
     assert pretrain.main(argv) == 0
     out = capsys.readouterr()
     assert out.out.startswith(f"{place / 'folder'}: 6 steps, 1.54k tokens, loss ")
-    assert "step 6/6" in out.err and "parameters, float32" in out.err and "from scratch" in out.err
+    assert "step 6/6" in out.err and "parameters, computed in float32" in out.err and "from scratch" in out.err
     assert sorted(p.name for p in (place / "folder/checkpoints").iterdir()) == ["4", "6"]
     assert (place / "folder/curves.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((place / "folder/config.json").read_text())
@@ -127,7 +127,7 @@ def test_the_run_folder_holds_what_the_readme_says(place, capsys):
     assert records[3]["train/tokens"] == 4 * 8 * 32
     assert {"train/tokens_per_sec", "train/step_time_s", "train/data_wait_s", "host/rss_gb"} < records[3].keys()
     assert pretrain.main(argv) == 0  # nothing left to do
-    assert "is complete: 6 steps" in capsys.readouterr().out
+    assert "is at step 6 already" in capsys.readouterr().out
 
 
 def test_init_from_takes_the_weights_and_not_the_moments(place):
@@ -191,7 +191,7 @@ def test_a_run_goes_on_only_as_itself(place, capsys):
 
     (place / "file").write_text("")
     assert run(pretrain.main, words(place, "file")) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "is a file, expected a folder" in capsys.readouterr().err
     (place / "papers").mkdir()
     (place / "papers/thesis.txt").write_text("mine")
     assert run(pretrain.main, words(place, "papers")) == 2

@@ -18,6 +18,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+from smoljax import runtime
 from smoljax.errors import Error, require, run
 
 PROMPTS = ("def __init__(self", "import os\n", '"""Return ')
@@ -29,6 +30,7 @@ def main(argv=None) -> int:
     parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings for the pretraining, such as steps=200")
     args = parser.parse_args(argv)
     out, begun = args.output, time.monotonic()
+    runtime.hear_interrupts()
     mark = out / "smoljax-demo"  # what is deleted below is an earlier demo's and nobody else's
     require(not out.exists() or mark.exists(), f"{out} exists and is no demo's folder; name another --output")
     shutil.rmtree(out, ignore_errors=True)

@@ -45,6 +45,8 @@ def main(argv=None) -> int:
         print(f"--seq-len {T} is beyond the model's {longest} positions", file=sys.stderr)
     windows = Windows(args.data, T, found.config.vocab_size, args.mask_documents)
     weights.check_tokenizer(found, windows.shards)
+    tokens = windows.shards.num_tokens
+    require(not args.seq_len or T <= tokens, f"--seq-len {T} is longer than all {tokens} tokens in {args.data}")
     count = min(len(windows), math.ceil(args.max_tokens / T)) if args.max_tokens else len(windows)
 
     words = found.tokenizer or windows.shards.tokenizer_path

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from smoljax import atomic
+from smoljax import atomic, runtime
 from smoljax import tokenizer as tok
 from smoljax.encode import TASK, Reader, deal, describe, publish, run_pipeline, say
 from smoljax.errors import DataError, UsageError, run
@@ -52,7 +52,10 @@ def up_to_date(out: Path, key: str) -> dict | None:
         say(f"{e}; writing it again")
         return None
     manifest = json.loads((out / "manifest.json").read_text())
-    return manifest if manifest["settings"]["key"] == key else None
+    if manifest["settings"]["key"] == key:
+        return manifest
+    say(f"replacing the {manifest['tokens']:,} tokens in {out}, which are of other inputs or settings")
+    return None
 
 
 def train_tokenizer(sources: list[Source], args, path: Path) -> None:
@@ -169,7 +172,8 @@ def report(manifest: dict, out: Path, seconds: float, current: bool, as_json: bo
         summary |= {"up_to_date": current, "seconds": round(seconds, 3)}
         print(json.dumps(summary | {"tokens_per_second": None if current else round(tokens / seconds)}))
         return
-    print(f"{documents:,} documents, {tokens:,} tokens, {size:,} bytes of text ({size / tokens:.2f} a token)")
+    count = f"{documents:,} document{'s' * (documents != 1)}"
+    print(f"{count}, {tokens:,} tokens, {size:,} bytes of text ({size / tokens:.2f} a token)")
     for what, names in ("refused", [f"{r['where']} ({r['why']})" for r in refused]), ("ignored", ignored):
         if names:
             more = ", ... (all in manifest.json)" if len(names) > 3 else ""
@@ -180,6 +184,7 @@ def report(manifest: dict, out: Path, seconds: float, current: bool, as_json: bo
 
 def main(argv=None) -> int:
     args, started = parse(argv), time.perf_counter()
+    runtime.hear_interrupts()
     if args.verify:
         shards = Shards(args.verify)
         shards.verify()

@@ -40,7 +40,7 @@ def main(argv=None) -> int:
     check_data(config, rows)
     if config.init_from:
         require(Path(config.init_from).exists(), f"init_from = {config.init_from} does not exist")
-    runs.open_run(folder, config)
+    changes = runs.open_run(folder, config)
 
     # ---- mesh
     import jax
@@ -73,8 +73,10 @@ def main(argv=None) -> int:
             runs.check_same_data(config, rows, checkpoints.metadata(start))
             if start >= config.steps:
                 draw_curves(folder)
-                print(f"{folder} is complete: {start} steps; raise steps to go on")
+                print(f"{folder} is at step {start} already, steps = {config.steps}; raise steps to go on")
                 return 0
+            for change in changes:
+                print(f"resuming with {change}", file=sys.stderr)
             state = checkpoints.restore(start, abstract, places)
         else:
             model = initial_weights(config, abstract, places, rows) if config.init_from else None
@@ -144,6 +146,13 @@ def check_data(config: Train, rows):
             f"{windows.shards.path} ends its documents with token {theirs}, but model.eos_token_id is {ours}; "
             f"set model.eos_token_id={theirs} (and model.bos_token_id)",
         )
+        ids = windows.shards.vocab_size
+        if ids is not None and ids < config.model.vocab_size:
+            print(
+                f"{windows.shards.path} has a tokenizer of {ids} ids, model.vocab_size is {config.model.vocab_size}: "
+                "the other rows of the embedding are never used",
+                file=sys.stderr,
+            )
 
 
 def initial_weights(config: Train, abstract, places, rows):
@@ -181,7 +190,7 @@ def header(config: Train, rows, mesh, start: int) -> str:
     return "\n".join(
         [
             f"run      {config.run}, {begin}",
-            f"model    {config.model.parameters:,} parameters, {config.compute.dtype}",
+            f"model    {config.model.parameters:,} parameters, computed in {config.compute.dtype}",
             f"devices  {mesh.size} x {device.device_kind} ({device.platform}), mesh {sizes}",
             f"tokens   {human(tokens)} in {config.steps:,} steps of {config.data.batch_size} x {config.data.seq_len}",
             *(f"data     {name}: {e:.2f} epochs" for name, e in epochs.items()),
