@@ -2,7 +2,7 @@
 
     smoljax pretrain demo data.sources=shards/train
 
-Expected: the loss falls from ln(4096) = 8.3 to about 4 within two minutes on 2 CPU cores.
+Expected: the loss falls from ln(4096) = 8.32 to about 4 within two minutes on 2 CPU cores (3.65 on held-out text).
 """
 
 from smoljax.config import Data, Model, Optim, Train
