@@ -137,9 +137,8 @@ def read(orbax, step: int, trees: dict) -> dict:
 
 def unreadable(path: Path, e: Exception) -> CheckpointError:
     """Orbax's own text names a handler; the first cause behind it says what is wrong."""
-    return CheckpointError(
-        f"checkpoint {path} cannot be read: {root_cause(e)}; without its folder the one before is used"
-    )
+    why = root_cause(e)
+    return CheckpointError(f"checkpoint {path} cannot be read: {why}; remove its folder to use the one before")
 
 
 def root_cause(e: BaseException) -> str:

@@ -88,7 +88,8 @@ class Rows:
         self.windows = [Windows(f, data.seq_len, vocab_size, data.mask_documents) for f in self.names]
         same_tokenizer(self.windows)
         self.slots = slots(list(data.sources.values()))
-        self.before = np.cumsum(np.eye(len(self.names), dtype=np.int64)[self.slots], axis=0)  # slots.. -> counts
+        # before[s][k]: how many of the slots before s are source k's; before[SLOTS] is the whole table's count.
+        self.before = np.cumsum(np.eye(len(self.names), dtype=np.int64)[self.slots], axis=0)
         self.before = np.concatenate([np.zeros_like(self.before[:1]), self.before])
         # Grain seeds epoch e with seed + e: sources are kept 2^20 epochs apart.
         seeds = [(data.seed + (k << 20)) % 2**32 for k in range(len(self.names))]

@@ -353,3 +353,13 @@ def test_the_summary_speaks(go, tmp_path, tokenizer, capsys):
     assert "up to date" in capsys.readouterr().out
     prepare.main(["--verify", str(tmp_path / "out")])
     assert "all as manifest.json says" in capsys.readouterr().out
+
+
+def test_shards_of_other_inputs_are_not_replaced_without_a_word(tmp_path, tokenizer, capsys):
+    for words, said in (("one", False), ("two", True)):
+        put(tmp_path / "in/a.txt", words)
+        argv = [str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
+        before = Shards(tmp_path / "out").num_tokens if said else 0
+        assert prepare.main(argv) == 0
+        err = capsys.readouterr().err
+        assert (f"replacing the {before} tokens in {tmp_path / 'out'}" in err) == said

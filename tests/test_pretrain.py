@@ -207,6 +207,11 @@ def test_weights_of_another_tokenizer_are_refused(place, capsys, tmp_path):
     assert "was made with another tokenizer than the model's" in capsys.readouterr().err
 
 
+def test_ids_that_no_text_uses_are_said(place, caplog):
+    assert pretrain.main(words(place, "wide", "model.vocab_size=80", "steps=1")) == 0
+    assert "has a tokenizer of 64 ids, model.vocab_size is 80" in caplog.text
+
+
 def test_a_start_killed_before_its_first_checkpoint_may_change(place):
     assert run(pretrain.main, words(place, "began", "mesh.tensor=3")) == 2  # after the folder was made
     other = ("seed=1", f"data.sources={place / 'others'}")

@@ -8,6 +8,7 @@ The run's folder holds config.json, tokenizer.json, metrics.jsonl, curves.png an
 
 import argparse
 import dataclasses
+import logging
 import math
 import sys
 from functools import partial
@@ -122,9 +123,8 @@ def main(argv=None) -> int:
 
     # ---- result
     draw_curves(folder)
-    print(
-        f"{folder}: {config.steps} steps, {metrics.human(meter.tokens(config.steps))} tokens, loss {last['loss']:.4f}"
-    )
+    tokens = metrics.human(meter.tokens(config.steps))
+    print(f"{folder}: {config.steps} steps, {tokens} tokens, loss {last['loss']:.4f}")
     return 0
 
 
@@ -138,7 +138,7 @@ def draw_curves(folder: Path):
 
 
 def check_data(config: Train, rows):
-    """The shards' end of document must be the model's: it is what generation stops at."""
+    """The shards' end of document must be the model's, which generation stops at; ids that no text uses are said."""
     for windows in rows.windows:
         ours, theirs = config.model.eos_token_id, windows.shards.eos_token_id
         require(
@@ -148,10 +148,9 @@ def check_data(config: Train, rows):
         )
         ids = windows.shards.vocab_size
         if ids is not None and ids < config.model.vocab_size:
-            print(
+            logging.getLogger("smoljax").warning(
                 f"{windows.shards.path} has a tokenizer of {ids} ids, model.vocab_size is {config.model.vocab_size}: "
-                "the other rows of the embedding are never used",
-                file=sys.stderr,
+                "the other rows of the embedding are never used"
             )
 
 
@@ -163,15 +162,10 @@ def initial_weights(config: Train, abstract, places, rows):
 
     found = weights.read(config.init_from, "float32")
     theirs, ours = (dataclasses.asdict(m) for m in (found.config, config.model))
-    same = (
-        "rope_theta",
-        "max_position_embeddings",
-        "initializer_range",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
-    differ = [f"model.{k} = {ours[k]} (there {theirs[k]})" for k in ours if k not in same and ours[k] != theirs[k]]
+    free = {"rope_theta", "max_position_embeddings", "initializer_range"} | {
+        f"{name}_token_id" for name in ("bos", "eos", "pad")
+    }
+    differ = [f"model.{k} = {ours[k]} (there {theirs[k]})" for k in ours if k not in free and ours[k] != theirs[k]]
     require(not differ, f"init_from = {config.init_from} has another architecture: {', '.join(differ)}")
     for windows in rows.windows:
         weights.check_tokenizer(found, windows.shards)
