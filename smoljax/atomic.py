@@ -10,9 +10,9 @@ from pathlib import Path
 from smoljax.errors import UsageError, require
 
 
-def write(file: Path, text: str):
+def write(file: Path, content: str | bytes):
     part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, file)
 
 

@@ -8,6 +8,7 @@ A step is written into a temporary folder and renamed when complete, so a killed
 by name ("layers.q", "opt.1.0.mu.layers.q"), so the files know no class of ours, of Flax or of Optax.
 """
 
+import contextlib
 import dataclasses
 import logging
 from importlib.metadata import version
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from smoljax import atomic, settings
+from smoljax import atomic, companions, exchange, settings
 from smoljax.config import Model
 from smoljax.errors import CheckpointError
 from smoljax.model import SmolLM, abstract
@@ -164,6 +166,15 @@ def steps(run: Path) -> list[int]:
     return sorted(int(mark.parent.name) for mark in done if mark.parent.name.isdecimal())
 
 
+def newest(run: Path, asked: int | None) -> int:
+    """The newest complete checkpoint, or the one that was asked for."""
+    found = steps(run)
+    if not found or (asked is not None and asked not in found):
+        which = "checkpoint yet" if asked is None else f"checkpoint {asked}; it has {found or 'none'}"
+        raise CheckpointError(f"{run} holds no complete {which}")
+    return found[-1] if asked is None else asked
+
+
 def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int]:
     """The weights of a run (its newest checkpoint) or of one checkpoint, without the optimizer's state.
 
@@ -172,11 +183,7 @@ def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int
     """
     run, asked = locate(path)
     while True:
-        found = steps(run)
-        if not found or (asked is not None and asked not in found):
-            which = "checkpoint yet" if asked is None else f"checkpoint {asked}; it has {found or 'none'}"
-            raise CheckpointError(f"{run} holds no complete {which}")
-        step = found[-1] if asked is None else asked
+        step = newest(run, asked)
         try:
             return *read_model(run, step, dtype), step
         except Exception as e:
@@ -193,6 +200,28 @@ def read_model(run: Path, step: int, dtype: str | None) -> tuple[SmolLM, Model]:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         model = jax.tree.map(lambda a: place(a, device, dtype), abstract(config))
         return read(orbax, step, {"model": model})["model"], config
+
+
+@contextlib.contextmanager
+def open_source(path: Path):
+    """A Source of a run (its newest checkpoint) or of one checkpoint, that reads one array at a time; a context."""
+    run, asked = locate(path)
+    step = newest(run, asked)
+    with ocp.training.Checkpointer(run / "checkpoints") as orbax:
+        saved = describe(orbax, step)
+        config = settings.from_dict(Model, saved.custom_metadata["config"]["model"])
+        stored, device = saved.metadata["model"], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def array(name: str) -> np.ndarray:
+            tree = dict.fromkeys(stored, ocp.PLACEHOLDER) | {name: place(stored[name], device)}
+            try:
+                return np.asarray(orbax.load_checkpointables(step, {"model": tree})["model"][name])
+            except Exception as e:
+                raise unreadable(orbax.directory / str(step), e) from e
+
+        dtype = exchange.widest(str(found.dtype) for found in stored.values())
+        get = exchange.disassemble(config, array)
+        yield exchange.Source(config, dtype, get, f"step {step} of {run}", companions.read(run))
 
 
 def save_model(folder: Path, model: SmolLM, config: Model):

@@ -38,11 +38,15 @@ class Model:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02  # Hugging Face's field, kept for the export; training uses Train.init_std
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 0
+    eos_token_id: int | tuple | None = 0  # several ids may end a text
     pad_token_id: int | None = None
 
     def __post_init__(self):
+        if isinstance(self.eos_token_id, list):  # as JSON has it
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         check(self)
+        layers = self.num_hidden_layers
+        require(layers <= 10_000, f"model.num_hidden_layers is {layers}, expected at most 10,000")
         for f in dataclasses.fields(self):
             if f.type in (int, float):
                 value = getattr(self, f.name)
@@ -55,10 +59,11 @@ class Model:
         require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}, but rotary embedding needs an even size")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            require(
-                value is None or 0 <= value < self.vocab_size,
-                f"model.{name} is {value}, expected none or an id below model.vocab_size = {self.vocab_size}",
-            )
+            for id in value if isinstance(value, tuple) else [value]:
+                require(
+                    id is None or (type(id) is int and 0 <= id < self.vocab_size),
+                    f"model.{name} is {value}, expected none or an id below model.vocab_size = {self.vocab_size}",
+                )
 
     @property
     def parameters(self) -> int:

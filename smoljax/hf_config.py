@@ -1,5 +1,6 @@
 """A Hugging Face config.json, in and out; a key that asks for other mathematics than model.py's is refused by name."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -25,28 +26,45 @@ HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "chunk_
 HARMLESS |= {"id2label", "label2id", "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed"}
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, limit: int = 1 << 20) -> dict:
+    """A JSON object from a file of at most `limit` bytes."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        if not file.is_file():  # a pipe would block
+            raise DataError(f"there is no file {file}; expected JSON there")
+        if (size := file.stat().st_size) > limit:
+            raise DataError(f"{file} has {size:,} bytes, expected at most {limit:,}")
+        return parse_json(file.read_bytes(), file)
+    except OSError as e:
+        raise DataError(f"{file} cannot be read ({e.strerror})") from None
+
+
+def parse_json(content: bytes, file: Path | str) -> dict:
+    """A JSON object without duplicate keys, of which all readers but one another's would keep different ones."""
+
+    def unique(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        if twice := [key for key, n in counts.items() if n > 1]:
+            raise DataError(f"{file} holds {twice[0]!r} twice; remove one of the two")
+        return dict(pairs)
+
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{file} cannot be read as JSON ({e})") from None
     if not isinstance(found, dict):
         raise DataError(f"{file} holds a {type(found).__name__}, expected a JSON object")
     return found
 
 
-def read_config(folder: Path) -> Model:
-    """The Model in a folder's config.json; a key that asks for something else is a DataError with its name."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise DataError(f"{folder} holds no config.json, so it is no Hugging Face model folder")
+def from_config(found: dict, name: str = "config.json") -> Model:
+    """The Model in a config.json's keys; a key that asks for something else is a DataError with its name."""
     try:
-        return from_config(read_json(file))
+        return checked(found)
     except Error as e:
-        raise e if str(file) in str(e) else DataError(f"{file}: {e}") from None
+        raise DataError(f"{name}: {e}") from None
 
 
-def from_config(found: dict) -> Model:
+def checked(found: dict) -> Model:
     for key, expected in (NEUTRAL | REQUIRED).items():
         value = found.get(key, expected if key in NEUTRAL else "absent")
         if value != expected or (isinstance(expected, bool) and value is not expected):
@@ -59,7 +77,7 @@ def from_config(found: dict) -> Model:
     for name in (f.name for f in dataclasses.fields(Model) if f.name != "rope_theta"):
         value = found.get(name)
         fields[name] = defaults.get(name) if value is None else value
-        if isinstance(value, list):
+        if isinstance(value, list) and name != "eos_token_id":
             raise DataError(f"{name} is the list {value}; smoljax has one value there")
         if fields[name] is None and name != "pad_token_id" and not (name in found and name.endswith("_token_id")):
             absent.append(name)

@@ -1,4 +1,4 @@
-"""hf.py, weights.py and `smoljax convert`: bit-exact round trips, and a sentence for each folder that cannot be."""
+"""Hugging Face folders and `smoljax convert`: bit-exact round trips, and a sentence for each folder that cannot be."""
 
 import dataclasses
 import json
@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 from test_model import CONFIG, SHAPES, make
 
 from infer import convert
-from smoljax import hf, hf_config, tokenizer, weights
+from smoljax import exchange, hf, hf_config, tokenizer
 from smoljax.config import SIZES
-from smoljax.errors import CheckpointError, DataError, UsageError
+from smoljax.errors import DataError, UsageError
+from smoljax.model import abstract
 
 TEXT = Path(__file__).read_text()
 
@@ -55,8 +55,8 @@ def tensors(folder, **changes):
 
 
 def test_the_table_names_every_parameter():
-    leaves, _ = jax.tree.flatten_with_path(hf.abstract(CONFIG), is_leaf=lambda x: isinstance(x, nnx.Variable))
-    assert {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves} == set(hf.TABLE)
+    leaves, _ = jax.tree.flatten_with_path(abstract(CONFIG), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves} == set(exchange.TABLE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -153,13 +153,16 @@ def test_unknown_key_is_said(folder, caplog):
         ({"rms_norm_eps": ...}, "rms_norm_eps absent"),
         ({"bos_token_id": ...}, "bos_token_id absent"),
         ({"head_dim": None, "hidden_size": 70}, "head_dim absent"),
-        ({"eos_token_id": [0, 2]}, "eos_token_id is the list"),
+        ({"bos_token_id": [0, 2]}, "bos_token_id is the list"),
+        ({"eos_token_id": [0, 300]}, "eos_token_id is (0, 300)"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, expected at most 10,000"),
         ({"eos_token_id": 300}, "eos_token_id is 300"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is int, got '3'"),
         ({"num_key_value_heads": 2}, "num_attention_heads is 9, not a multiple"),
     ],
 )
 def test_config_refusals(folder, keys, sentence):
+    (folder / "generation_config.json").unlink()
     edit(folder, **keys)
     with pytest.raises(DataError, match=re.escape(sentence)) as e:
         hf.load(folder)
@@ -183,8 +186,11 @@ def test_tensor_refusals(folder):
     refused(f"tensor {name} has shape {list(shape[::-1])}", f"gives it {list(shape)}")
     tensors(folder, **{name: good[name].astype(np.int8)})
     refused(f"tensor {name} is I8")
-    tensors(folder, **{name: good[name].astype(ml_dtypes.bfloat16)})
-    refused(f"{name} is BF16", "one for all")
+    worst = good[name].copy()
+    for number in (np.nan, np.inf, -np.inf):
+        worst[3, 5] = number
+        tensors(folder, **{name: worst})
+        refused(f"tensor {name} holds NaN or infinity", str(folder))
 
     tensors(folder, **{name: good[name], hf.HEAD: good["model.embed_tokens.weight"]})
     assert same(hf.load(folder)[0], make())
@@ -194,12 +200,81 @@ def test_tensor_refusals(folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-5])
     refused("no sound safetensors file")
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors").unlink()
     refused("no model.safetensors")
-    (folder / "model.safetensors.index.json").write_text("{}")
-    refused("split over several files")
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    refused("no model.safetensors", "pytorch_model.bin is a pickle")
     (folder / "config.json").write_text("{")
     refused("cannot be read as JSON")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_different_dtypes_take_the_one_that_holds_all(folder, dtype):
+    """bf16 matrices with f32 norms, as some trainers write them: nothing is rounded unless it is asked for."""
+    good = load_file(folder / "model.safetensors")
+    tensors(folder, **{k: v.astype(dtype) for k, v in good.items() if "norm" not in k})
+    model, _ = hf.load(folder)
+    assert {str(x.dtype) for x in jax.tree.leaves(model)} == {"float32"}
+    assert np.array_equal(model.norm, good["model.norm.weight"])
+    assert np.array_equal(model.embed, good["model.embed_tokens.weight"].astype(dtype).astype(np.float32))
+
+
+def test_numbers_beyond_half_precision_are_refused(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    big = load_file(folder / "model.safetensors")[name]
+    big[0, 0] = 1e6
+    tensors(folder, **{name: big})
+    assert str(hf.load(folder, "bfloat16")[0].embed.dtype) == "bfloat16"
+    with pytest.raises(DataError, match=f"tensor {name} holds numbers beyond float16"):
+        hf.load(folder, "float16")
+
+
+def test_generation_config(folder, caplog):
+    """A generation ends where generation_config.json says, and both files say so when written again."""
+    (folder / "generation_config.json").write_text(
+        '{"bos_token_id": 0, "eos_token_id": [0, 2], "temperature": 0.2, "top_p": 0.9}'
+    )
+    model, config = hf.load(folder)
+    assert config.eos_token_id == (0, 2) and "eos_token_id is 0 in config.json, [0, 2] in generation" in caplog.text
+    convert.main([str(folder), str(folder.parent / "again"), "--to", "hf"])
+    generation = json.loads((folder.parent / "again" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 0, "eos_token_id": [0, 2], "temperature": 0.2, "top_p": 0.9}
+    assert json.loads((folder.parent / "again" / "config.json").read_text())["eos_token_id"] == [0, 2]
+    caplog.clear()
+    assert hf.load(folder.parent / "again")[1] == config and not caplog.text
+
+
+def test_sharded(tmp_path, folder):
+    """The same bytes in one file and in many, both ways; the index names each tensor's file."""
+    size = (folder / "model.safetensors").stat().st_size
+    many, one = str(tmp_path / "many"), str(tmp_path / "one")
+    convert.main([str(folder), many, "--to", "hf", "--max-file-size", str(size / 5 / 1e9)])
+    files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 4 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    good = load_file(folder / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in good.values())
+    for name, tensor in good.items():
+        with safe_open(tmp_path / "many" / index["weight_map"][name], "numpy") as file:
+            assert file.get_tensor(name).tobytes() == tensor.tobytes()
+    assert same(hf.load(many)[0], make())
+    convert.main([many, one, "--to", "hf"])
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_head_in_another_file(tmp_path, folder):
+    convert.main([str(folder), str(tmp_path / "many"), "--to", "hf", "--max-file-size", "1e-4"])
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    embed = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    index["weight_map"][hf.HEAD] = "head.safetensors"
+    index["metadata"]["total_size"] += embed.nbytes
+    (tmp_path / "many" / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({hf.HEAD: embed}, tmp_path / "many" / "head.safetensors")
+    assert same(hf.load(tmp_path / "many")[0], make())
+    embed[7, 7] += 1
+    save_file({hf.HEAD: embed}, tmp_path / "many" / "head.safetensors")
+    with pytest.raises(DataError, match="lm_head.weight differs"):
+        hf.load(tmp_path / "many")
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
@@ -213,7 +288,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     def broken(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf, "write_tensors", broken)
+    monkeypatch.setattr(hf.tensors, "write", broken)
     with pytest.raises(KeyboardInterrupt):
         hf.save(tmp_path / "new", make(), CONFIG)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
@@ -222,50 +297,8 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 def test_tokenizer_refusals(tmp_path):
     train_tokenizer(tmp_path / "tokenizer.json")
     small = dataclasses.replace(CONFIG, vocab_size=299)
-    with pytest.raises(DataError, match="300 tokens, but the model's vocab_size is 299"):
+    with pytest.raises(DataError, match="has ids up to 299, but the model has rows for 299"):
         hf.save(tmp_path / "hf", make(small), small, tokenizer=tmp_path)
     odd = dataclasses.replace(CONFIG, vocab_size=400, pad_token_id=350)
     with pytest.raises(DataError, match="pad_token_id is 350"):
         hf.save(tmp_path / "hf", make(odd), odd, tokenizer=tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_convert_round_trip(dtype, tmp_path, capsys):
-    model = cast(make(), dtype)
-    train_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    hf.save(tmp_path / "a", model, CONFIG, tokenizer=tmp_path)
-    assert (tmp_path / "a" / "chat_template.jinja").read_text() == "{{ messages }}"
-    a, b, c = (str(tmp_path / x) for x in "abc")
-    assert convert.main([a, b, "--to", "orbax"]) == 0
-    assert convert.main([b, c, "--to", "hf"]) == 0
-    out, err = capsys.readouterr()
-    assert f"{CONFIG.parameters:,} parameters in {dtype}" in out.splitlines()[1] and "note" not in err
-    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "c" / file).read_bytes(), file
-
-    # A run and its checkpoint are the same weights.
-    for path in (b, f"{b}/checkpoints/0"):
-        loaded = weights.read(path)
-        assert same(loaded.model, model) and loaded.config == CONFIG and loaded.dtype == dtype
-        assert loaded.tokenizer.read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
-
-
-def test_convert_says_what_it_does(tmp_path, capsys, folder):
-    assert convert.main([str(folder), str(tmp_path / "half"), "--to", "hf", "--dtype", "bfloat16"]) == 0
-    out, err = capsys.readouterr()
-    assert "bfloat16" in out and "has no tokenizer.json" in err
-    assert same(weights.read(tmp_path / "half").model, cast(make(), "bfloat16"))
-    with pytest.raises(UsageError, match="exists already"):
-        convert.main([str(folder), str(folder), "--to", "orbax"])
-    assert weights.read(folder).tokenizer is None
-
-
-def test_what_is_no_model(tmp_path):
-    with pytest.raises(UsageError, match="there is no .*nowhere; expected a run's folder"):
-        weights.read(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="is neither a run's folder"):
-        weights.read(tmp_path)
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError):
-        weights.read(tmp_path / "run")

@@ -49,8 +49,9 @@ def main(argv=None) -> int:
     require(not args.seq_len or T <= tokens, f"--seq-len {T} is longer than all {tokens} tokens in {args.data}")
     count = min(len(windows), math.ceil(args.max_tokens / T)) if args.max_tokens else len(windows)
 
-    words = found.tokenizer or windows.shards.tokenizer_path
-    lengths = tokenizer.byte_lengths(tokenizer.load(words)) if words else None
+    words, beside = found.tokenizer, windows.shards.tokenizer_path
+    words = tokenizer.load(beside) if words is None and beside else words
+    lengths = None if words is None else tokenizer.byte_lengths(words)
     rows = args.batch_size or max(1, 8192 // T)
     nats, labels, size = by_position(found.model, windows, count, rows, lengths, Compute(dtype=args.dtype))
     result = summarise(nats, labels, size) | {"model": str(args.model), "data": str(args.data), "seq_len": T}

@@ -142,7 +142,7 @@ def check_data(config: Train, rows):
     for windows in rows.windows:
         ours, theirs = config.model.eos_token_id, windows.shards.eos_token_id
         require(
-            ours is None or theirs is None or ours == theirs,
+            ours is None or theirs is None or theirs in (ours if isinstance(ours, tuple) else (ours,)),
             f"{windows.shards.path} ends its documents with token {theirs}, but model.eos_token_id is {ours}; "
             f"set model.eos_token_id={theirs} (and model.bos_token_id)",
         )

@@ -1,0 +1,128 @@
+"""The small files beside the weights: tokenizer, chat template, generation settings, model card. Read as bytes, carried
+along whatever format the weights take, and made consistent where a Hugging Face folder is written."""
+
+import json
+import logging
+from importlib.metadata import version
+from pathlib import Path
+
+from smoljax import tokenizer as tokenizers
+from smoljax.config import Model
+from smoljax.errors import DataError
+from smoljax.hf_config import parse_json
+
+# Name -> the most bytes that one is read to. SmolLM's tokenizer.json has 2 MB, Llama 3's 17 MB.
+NAMES = {"tokenizer.json": 32 << 20, "tokenizer_config.json": 8 << 20, "chat_template.jinja": 1 << 20}
+NAMES |= {"special_tokens_map.json": 1 << 20, "added_tokens.json": 8 << 20, "vocab.json": 16 << 20}
+NAMES |= {"merges.txt": 16 << 20, "generation_config.json": 1 << 20, "README.md": 8 << 20, "LICENSE": 1 << 20}
+
+log = logging.getLogger("smoljax")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name in a folder; a DataError where the name, or a link, leads out of it.
+
+    The hub's cache alone is made of links: snapshots/REVISION/FILE into the repository's blobs/, and from there, where
+    Xet stored it, into the blobs/XX/ that all repositories share.
+    """
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise DataError(f"{folder} names a file {name!r}; expected a plain name of a file in the folder itself")
+    path, home = folder / name, folder.resolve()
+    if path.is_symlink():
+        target = path.resolve().parent
+        ours = target == home
+        if home.parent.name == "snapshots":
+            ours |= target == home.parents[1] / "blobs" or target.parent == home.parents[2] / "blobs"
+        if not ours:
+            raise DataError(f"{path} is a link to {path.resolve()}, outside the folder; put a copy of the file there")
+    return path
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    """The content of those that a folder holds."""
+    found = {}
+    for name, limit in NAMES.items():
+        path = inside(folder, name)
+        if path.is_file():
+            if (size := path.stat().st_size) > limit:
+                raise DataError(f"{path} has {size:,} bytes, expected at most {limit:,}")
+            try:
+                found[name] = path.read_bytes()
+            except OSError as e:
+                raise DataError(f"{path} cannot be read ({e.strerror})") from None
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if "auto_map" in parse_json(found.get(name, b"{}"), folder / name):
+            raise DataError(f"{folder / name}: auto_map names code to run, which smoljax never does; remove the key")
+    return found
+
+
+def generation_ids(config: dict, files: dict[str, bytes], folder: Path) -> dict:
+    """A config.json whose special ids are generation_config.json's, where both are given: those end a generation."""
+    found, ids = parse_json(files.get("generation_config.json", b"{}"), folder / "generation_config.json"), {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if found.get(key) is not None and found[key] != config.get(key):
+            if config.get(key) is not None:
+                log.warning(
+                    f"{folder}: {key} is {config[key]} in config.json, {found[key]} in generation_config.json; "
+                    "the latter is taken"
+                )
+            ids[key] = found[key]
+    return config | ids
+
+
+def of_folder(config: Model, files: dict[str, bytes]) -> dict[str, bytes]:
+    """What to write beside a model in a Hugging Face folder: the files found, completed and consistent."""
+    out = dict(files)
+    ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    old = parse_json(files.get("generation_config.json", b"{}"), Path("generation_config.json"))
+    out["generation_config.json"] = to_json(old | {k: v for k, v in ids.items() if v is not None})
+    out.setdefault("README.md", card(config))
+    if "tokenizer.json" in files:
+        settings, template = tokenizer_config(config, files), files.get("chat_template.jinja")
+        if template is not None:  # old readers look into the settings, new ones into the file
+            settings["chat_template"] = template.decode()
+        elif isinstance(settings.get("chat_template"), str):
+            out["chat_template.jinja"] = settings["chat_template"].encode()
+        out["tokenizer_config.json"] = to_json(settings)
+    return out
+
+
+def tokenizer_config(config: Model, files: dict[str, bytes]) -> dict:
+    """The settings found, or new ones that name the special tokens by the config's ids.
+
+    transformers 5 builds its GPT2Tokenizer, which SmolLM's published settings name, anew from vocabulary and merges,
+    without the Digits step: "x  12" then has other ids. Under PreTrainedTokenizerFast it takes tokenizer.json as it is.
+    """
+    words = tokenizers.parse(files["tokenizer.json"], "tokenizer.json")
+    tokenizers.check_fits(words, config, "tokenizer.json")
+    found = parse_json(files.get("tokenizer_config.json", b"{}"), Path("tokenizer_config.json"))
+    settings = {"clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings} | found
+    for name in ("bos", "eos", "pad"):
+        id = getattr(config, f"{name}_token_id")
+        id = id[0] if isinstance(id, tuple) else id
+        token = None if id is None else words.id_to_token(id)
+        if id is not None and token is None:
+            raise DataError(f"the model's {name}_token_id is {id}, but tokenizer.json has no token of that id")
+        old = settings.setdefault(f"{name}_token", token)
+        old = old["content"] if isinstance(old, dict) and "content" in old else old
+        if old != token and not (name == "pad" and token is None):
+            log.warning(
+                f"tokenizer_config.json: {name}_token is {old!r}, but the model's {name}_token_id {id} is {token!r}"
+            )
+    if settings.get("tokenizer_class", "GPT2Tokenizer") in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return settings
+
+
+def to_json(value) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def card(config: Model) -> bytes:
+    """A model card's beginning, for whoever publishes the folder to complete."""
+    return f"""---
+library_name: transformers
+tags: [smoljax]
+---
+A LlamaForCausalLM of {config.parameters:,} parameters, written by smoljax {version("smoljax")}.
+""".encode()
