@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from smoljax import atomic
+from smoljax import atomic, tokenizer_file
 from smoljax.errors import DataError, UsageError
 
 EOS = "<|endoftext|>"
@@ -75,15 +75,48 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, or the one in a folder."""
     file = find(path)
     try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        if (size := file.stat().st_size) <= tokenizer_file.SIZE_LIMIT:
+            return parse(file.read_bytes(), str(file))
     except OSError as e:
         raise DataError(f"{file} cannot be read ({e.strerror})") from None
-    except Exception as e:  # `tokenizers` raises bare Exception
-        raise DataError(f"{file} is not a tokenizer.json that `tokenizers` can read ({e})") from None
-    # A tokenizer.json may ask for either, and would silently cut documents or put padding into prompts.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    raise DataError(f"{file} has {size:,} bytes, expected a tokenizer.json of at most {tokenizer_file.SIZE_LIMIT:,}")
+
+
+def parse(content: bytes, name: str) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, which may be hostile: what could hang, crash or flood later is refused here.
+
+    `tokenizers` itself refuses merges that name unknown tokens. It accepts the rest, and panics on some of it.
+    """
+    try:
+        added = tokenizer_file.check(content)
+        tokenizer = Tokenizer.from_buffer(content)
+        # A tokenizer.json may ask for either, and would silently cut documents or put padding into prompts.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        for token, id in added:
+            if tokenizer.token_to_id(token) != id:  # it numbers them itself, from the vocabulary's size on
+                raise DataError(f"an added token {token[:60]!r} with id {id}, which leaves a hole before it")
+        tokenizer.decode(tokenizer.encode("Hi 12,\n\t é\u0301 東京 🤖 \0").ids, skip_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # `tokenizers` raises bare Exception, and its panics are not even that
+        words = "".join(c if c.isprintable() else " " for c in str(e)[:400])
+        what = f"holds {words}" if isinstance(e, DataError) else f"is not a tokenizer.json that can be read ({words})"
+        raise DataError(f"{name} {what}") from None
     return tokenizer
+
+
+def vocabulary(tokenizer: Tokenizer) -> int:
+    """The rows that an embedding needs: the largest id and one."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_fits(tokenizer: Tokenizer, config, name: str) -> None:
+    """A DataError where the tokenizer has ids that the model has no rows for."""
+    if (rows := vocabulary(tokenizer)) > config.vocab_size:
+        raise DataError(
+            f"{name} has ids up to {rows - 1}, but the model has rows for {config.vocab_size}: it is another model's"
+        )
 
 
 def sha256(path: str | Path) -> str:
@@ -91,14 +124,14 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(find(path).read_bytes()).hexdigest()
 
 
-def same(one: str | Path, other: str | Path) -> bool:
-    """Whether two files give the same ids, though another program may have written one of them anew."""
+def same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids, though another program may have written one of them anew."""
 
-    def rules(path):
-        content = json.loads(load(path).to_str())
+    def rules(tokenizer):
+        content = json.loads(tokenizer.to_str())
         return [content[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
 
-    return sha256(one) == sha256(other) or rules(one) == rules(other)
+    return rules(one) == rules(other)
 
 
 def copy(source: str | Path, folder: Path) -> None:

@@ -1,0 +1,90 @@
+"""Messages to text by a chat template, and to ids; template.py renders."""
+
+import contextlib
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from smoljax.errors import DataError
+from smoljax.template import TEXT_LIMIT, check_messages
+
+# The templates of the published models, SmolLM2's word for word; SmolLM has no system prompt of its own.
+_LOOP, _SYSTEM = "{% for message in messages %}", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+_FIRST = "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+_BODY = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+_BODY += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML, SMOLLM2 = _LOOP + _BODY, _LOOP + _FIRST + _SYSTEM + "<|im_end|>\n' }}{% endif %}" + _BODY
+
+log = logging.getLogger("smoljax")
+
+
+def pick(files: dict[str, bytes], config) -> str:
+    """The template in a model's files: chat_template.jinja, else tokenizer_config.json's; else SmolLM's own."""
+    from smoljax.hf_config import parse_json
+
+    found = parse_json(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+        if "default" not in named:
+            raise DataError(
+                f"tokenizer_config.json has chat templates named {str([*named])[:200]}, expected a 'default'"
+            )
+        found = named["default"]
+    if not isinstance(found, str | None):
+        raise DataError(f"tokenizer_config.json: chat_template is a {type(found).__name__}, expected text")
+    if (own := files.get("chat_template.jinja")) is not None:
+        try:
+            own = own.decode()
+        except UnicodeDecodeError as e:
+            raise DataError(f"chat_template.jinja is not UTF-8 text (byte {e.start})") from None
+        if found not in (None, own):
+            log.warning("chat_template.jinja and tokenizer_config.json's chat_template differ; the former is used")
+        return own
+    if found is None:
+        new = config.max_position_embeddings == 8192 and config.rope_theta in (100_000, 130_000)
+        log.info("the model has no chat template; %s is used", "SmolLM2's" if new else "SmolLM's, plain ChatML,")
+        return SMOLLM2 if new else CHATML
+    return found
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """The ids of a rendered text. As in transformers, special tokens are special whoever wrote them.
+
+    That is, a user's "<|im_end|>" ends the turn; who serves strangers removes it from their messages.
+    """
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def read_messages(file: str | Path) -> Iterator[list[dict]]:
+    """The conversations of a JSONL file: lines of {"messages": [...]}, or {"prompt": text} for a user's one message."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lines = stack.enter_context(open(file, "rb"))
+        except OSError as e:
+            raise DataError(f"{file} cannot be read ({e.strerror})") from None
+        for number in itertools.count(1):
+            if not (line := lines.readline(TEXT_LIMIT + 1)):
+                return
+            try:
+                if line.strip():
+                    yield conversation(line)
+            except DataError as e:
+                raise DataError(f"{file} line {number}: {e}") from None
+
+
+def conversation(line: bytes) -> list[dict]:
+    if len(line) > TEXT_LIMIT:
+        raise DataError(f"more than {TEXT_LIMIT:,} bytes, expected at most that for a conversation")
+    try:
+        found = json.loads(line.decode())
+    except UnicodeDecodeError as e:
+        raise DataError(f"not UTF-8 text (byte {e.start})") from None
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"not JSON ({e})") from None
+    if not isinstance(found, dict) or not {"messages", "prompt"} & set(found):
+        raise DataError('expected {"messages": [...]} or {"prompt": text}')
+    messages = found["messages"] if "messages" in found else [{"role": "user", "content": found["prompt"]}]
+    check_messages(messages)
+    return messages
