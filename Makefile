@@ -2,13 +2,16 @@
 PYTHON ?= python3
 EXTRAS ?= test
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/.plot
 	@.venv/bin/smoljax demo
 
 test: .venv/.$(EXTRAS)
 	@.venv/bin/pytest
+
+test-slow: .venv/.$(EXTRAS)
+	@.venv/bin/pytest -m slow
 
 lint: .venv/.$(EXTRAS)
 	@.venv/bin/ruff check

@@ -1,40 +1,113 @@
-"""`smoljax convert SRC DST --to hf|orbax`: weights from a run, a checkpoint or a Hugging Face folder into another form.
+"""`smoljax convert SRC DST --to hf|orbax|gguf`: weights from whatever MODEL may be into another form, with a proof.
 
-`hf` is what transformers loads. `orbax` is a folder that smoljax's programs and `init_from` take.
+`hf` is what transformers loads. `orbax` is a folder that smoljax's programs and `init_from` take. `gguf` is a folder
+with one file for llama.cpp. With --verify what was written is read back and compared with the source, tensor by tensor
+and by logits, and with transformers where that is installed; conversion.json and SHA256SUMS then lie beside it.
 """
 
 import argparse
+import json
+import resource
 import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
 
-from smoljax.errors import run
+from smoljax.errors import require, run
+
+DTYPES = {"hf": ("float32", "bfloat16", "float16"), "orbax": ("float32", "bfloat16", "float16")}
+DTYPES["gguf"] = (*DTYPES["hf"], "q8_0", "q4_0")
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("smoljax convert", description="Convert a model's weights.", allow_abbrev=False)
-    p.add_argument("src", metavar="SRC", help="a run, a checkpoint (RUN/checkpoints/STEP) or a Hugging Face folder")
+    p.add_argument(
+        "src", metavar="SRC", help="a run, a checkpoint, a Hugging Face folder, a .gguf, nanotron, a hub name"
+    )
     p.add_argument("dst", metavar="DST", help="a new folder")
-    p.add_argument("--to", choices=("hf", "orbax"), required=True)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
+    p.add_argument("--to", choices=tuple(DTYPES), required=True)
+    p.add_argument("--dtype", choices=DTYPES["gguf"], help="default: the source's; q8_0 and q4_0 for gguf")
+    p.add_argument("--max-file-size", type=float, metavar="GB", help="hf: split the weights into files of this size")
+    p.add_argument("--verify", action="store_true", help="read it back, compare, write conversion.json and SHA256SUMS")
+    p.add_argument("--push", metavar="OWNER/NAME", help="upload DST to the Hugging Face hub when it is complete")
+    p.add_argument("--private", action="store_true", help="... into a private repository, if it is new")
+    p.add_argument("--json", action="store_true", help="print the report")
     return p
 
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
-    from smoljax import atomic, checkpoint, hf, runtime, tokenizer, weights
+    known = args.dtype in (None, *DTYPES[args.to])
+    require(known, f"--dtype {args.dtype} is for --to gguf; --to {args.to} takes {', '.join(DTYPES[args.to])}")
+    split = args.max_file_size
+    require(split is None or (args.to == "hf" and split > 0), "--max-file-size is for --to hf, and more than 0")
+    require(not args.private or args.push, "--private is for --push")
+    from smoljax import atomic, hub, runtime, verify, weights
 
+    if args.push:
+        hub.check_push(args.push)
     runtime.start()
+    start = time.perf_counter()
     with atomic.fresh(args.dst) as part:  # refuses a DST that exists before any weight is read
-        loaded = weights.read(args.src, args.dtype)
-        if args.to == "hf":
-            hf.save(part, loaded.model, loaded.config, tokenizer=loaded.tokenizer)
-        else:
-            checkpoint.save_model(part, loaded.model, loaded.config)
-            if loaded.tokenizer:
-                tokenizer.copy(loaded.tokenizer, part)
-    if loaded.tokenizer is None:
+        with weights.open_source(args.src) as source:
+            dtype = args.dtype or source.dtype
+            write(source, part, args, dtype)
+            report = {
+                "route": f"{Path(args.src).name} -> {args.to}",
+                "dtype": dtype,
+                "parameters": source.config.parameters,
+                "seconds": round(time.perf_counter() - start, 2),
+                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000,  # kB on Linux
+                "smoljax": version("smoljax"),
+            }
+            if args.verify:
+                report |= verify.compare(source, part, dtype)
+        if args.verify:
+            atomic.write_json(part / "conversion.json", report)
+            sums = "".join(f"{sha}  {name}\n" for name, sha in verify.sums(part).items())
+            atomic.write(part / "SHA256SUMS", sums)
+    if "tokenizer.json" not in source.files:
         print(f"smoljax: note: {args.src} has no tokenizer.json, so {args.dst} has none", file=sys.stderr)
-    print(f"wrote {args.dst}: {loaded.config.parameters:,} parameters in {loaded.dtype}, from {loaded.source}")
+    print(json.dumps(report) if args.json else describe(args.dst, report))
+    if args.push:
+        print(hub.push(args.dst, args.push, private=args.private), file=sys.stderr)
     return 0
+
+
+def write(source, folder, args, dtype: str):
+    from smoljax import atomic, checkpoint, exchange, gguf, hf
+
+    if args.to == "hf":
+        hf.write(folder, source, dtype, args.max_file_size and int(args.max_file_size * 1e9))
+        return
+    files = source.files
+    if args.to == "gguf":  # which holds the tokenizer itself
+        name = Path(args.dst).absolute().name
+        gguf.write(folder / f"{name}-{gguf.TYPES[dtype]}.gguf", source, dtype, name)
+        files = {name: files[name] for name in ("README.md", "LICENSE") if name in files}
+    else:
+        checkpoint.save_model(folder, exchange.assemble(source, dtype), source.config)
+    for name, content in files.items():
+        atomic.write(folder / name, content)
+
+
+def describe(dst: str, report: dict) -> str:
+    lines = [
+        f"wrote {dst}: {report['parameters']:,} parameters in {report['dtype']}, {report['route']}, "
+        f"in {report['seconds']} s with {report['peak_memory_mb']:,} MB"
+    ]
+    if "tensors" in report:
+        t, theirs, logits = report["tensors"], report["transformers"], report["logits"]
+        lines.append(
+            f"read back: {t['exact']} of {t['count']} tensors exact, difference up to {t['largest_difference']:.3g}"
+        )
+        lines.append(
+            f"logits differ by up to {logits['largest_difference']:.3g} on {logits['tokens']} tokens; "
+            f"loss {report['loss']['source']:.4f} before, {report['loss']['written']:.4f} after"
+        )
+        what = f"logits differ by up to {theirs['largest_difference']:.3g}" if isinstance(theirs, dict) else theirs
+        lines.append(f"transformers: {what}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""`smoljax generate MODEL --prompt TEXT`: continue prompts.
+"""`smoljax generate MODEL --prompt TEXT`: continue prompts, or answer messages by the model's chat template.
 
-The model's own end-of-text token ends a row. Without --temperature the likeliest token is taken each time.
+The model's own end-of-text token ends a row. Without --temperature the likeliest token is taken each time. --chat makes
+each --prompt a user's message; --messages reads whole conversations, a JSON line each: {"messages": [{"role": "user",
+"content": "..."}]}. Answers go to stdout.
 """
 
 import argparse
@@ -11,8 +13,10 @@ from smoljax.errors import UsageError, require, run
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("smoljax generate", description="Continue prompts.", allow_abbrev=False)
-    p.add_argument("model", metavar="MODEL", help="a run, a checkpoint (RUN/checkpoints/STEP) or a Hugging Face folder")
-    p.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="give it again for a batch")
+    p.add_argument("model", metavar="MODEL", help="a run, a Hugging Face folder, a .gguf, a fetched or a hub name, ...")
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="give it again for a batch")
+    p.add_argument("--chat", action="store_true", help="prompts are messages, for the model's chat template")
+    p.add_argument("--messages", metavar="FILE", help="conversations to answer, in JSON lines")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default %(default)s")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest token")
     p.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
@@ -25,17 +29,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
-    from smoljax import decode, runtime, tokenizer, weights
+    from smoljax import chat, decode, runtime, weights
     from smoljax.config import Compute
 
     decode.Sampling(args.temperature, args.top_k, args.top_p)  # a wrong setting is said before weights are read
     require(args.max_new_tokens >= 1, f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more")
+    require(bool(args.prompt) != bool(args.messages), "expected --prompt TEXT, or --messages FILE, and not both")
+    for number, text in enumerate(args.prompt, start=1):
+        check_text(text, number)
+    conversations = list(chat.read_messages(args.messages)) if args.messages else []
+    if args.chat:
+        conversations = conversations or [[{"role": "user", "content": text}] for text in args.prompt]
     runtime.start()
     loaded = weights.read(args.model)
-    if loaded.tokenizer is None:
-        raise UsageError(f"{args.model} has no tokenizer.json, which --prompt needs; copy the model's into the folder")
-    words = tokenizer.load(loaded.tokenizer)
-    prompts = [encode(words, text, i) for i, text in enumerate(args.prompt, start=1)]
+    words = loaded.tokenizer
+    if words is None:
+        raise UsageError(f"{args.model} has no tokenizer.json, which prompts need; copy the model's into the folder")
+    texts = render(loaded, conversations) if conversations else args.prompt
+    prompts = [chat.encode(words, text) for text in texts]
+    for number, ids in enumerate(prompts, start=1):
+        require(bool(ids), f"prompt {number} is {texts[number - 1]!r}, which has no tokens; give some text")
 
     rows = decode.complete(
         loaded.model,
@@ -45,26 +58,36 @@ def main(argv=None) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        eos=() if loaded.config.eos_token_id is None else loaded.config.eos_token_id,
         compute=Compute(dtype=args.dtype),
     )
-    for i, (prompt, row) in enumerate(zip(args.prompt, rows, strict=True)):
-        text = words.decode(row.tokens)
+    for i, row in enumerate(rows):
+        text, asked = words.decode(row.tokens), "" if conversations else args.prompt[i]
         if args.json:
-            print(json.dumps(dict(prompt=prompt, text=text, tokens=row.tokens, finish_reason=row.finish_reason)))
+            given = {"messages": conversations[i]} if conversations else {"prompt": asked}
+            print(json.dumps(given | dict(text=text, tokens=row.tokens, finish_reason=row.finish_reason)))
         else:
-            print(("\n" if i else "") + prompt + text)
+            print(("\n" if i else "") + asked + text)
     return 0
 
 
-def encode(words, text: str, number: int) -> list[int]:
+def render(loaded, conversations: list) -> list[str]:
+    """By the model's own chat template, which runs in a process of its own."""
+    from smoljax import chat
+    from smoljax.template import Template
+
+    c, words = loaded.config, loaded.tokenizer
+    ends = c.eos_token_id if isinstance(c.eos_token_id, tuple) else (c.eos_token_id,)
+    bos, eos = ("" if id is None else words.id_to_token(id) or "" for id in (c.bos_token_id, ends[0]))
+    name = f"the chat template of {loaded.source}"
+    with Template(chat.pick(loaded.files, c), name, bos, eos) as template:
+        return [template.render(messages) for messages in conversations]
+
+
+def check_text(text: str, number: int):
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes of the command line that are no text
         raise UsageError(f"prompt {number} is not UTF-8 text") from None
-    ids = words.encode(text).ids
-    require(bool(ids), f"prompt {number} is {text!r}, which has no tokens; give some text")
-    return ids
 
 
 if __name__ == "__main__":

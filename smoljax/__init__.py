@@ -8,6 +8,7 @@ _EXPORTS = {
     "SmolLM": "model",
     "generate": "decode",
     "load": "weights",
+    "load_tokenizer": "weights",
 }
 __all__ = list(_EXPORTS)
 

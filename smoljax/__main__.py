@@ -14,7 +14,8 @@ VERBS = {
     "evaluate": ("train", "loss, perplexity, bits per byte, loss by position"),
     "demo": ("train", "all of it in five minutes, on the text of Python's own library"),
     "generate": ("infer", "continue prompts"),
-    "convert": ("infer", "weights to and from Hugging Face"),
+    "fetch": ("infer", "real weights into the cache"),
+    "convert": ("infer", "weights to and from Hugging Face, GGUF, nanotron, with a proof"),
 }
 
 HELP = f"""usage: smoljax VERB ...    (smoljax VERB --help says more)

@@ -117,9 +117,26 @@ class Completion:
     finish_reason: str  # "stop" at an EOS, "length" at max_new_tokens
 
 
-def generate(model: SmolLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
-    """The new tokens of each prompt; `complete` says what the options are, and why each row ended."""
-    return [row.tokens for row in complete(model, prompts, max_new_tokens, **options)]
+def generate(
+    model: SmolLM,
+    prompts: Sequence[Sequence[int]] | Sequence[str],
+    max_new_tokens: int = 64,
+    *,
+    tokenizer=None,
+    **options,
+) -> list[list[int]] | list[str]:
+    """What follows each prompt, without the prompt: ids for ids, texts for texts, which need a `tokenizer`.
+
+    `complete` says what the options are, and why each row ended. A text is without special tokens.
+    """
+    require(not isinstance(prompts, str), "prompts is one string; give a list of them")
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    if not any(texts):
+        return [row.tokens for row in complete(model, prompts, max_new_tokens, **options)]
+    require(all(texts), "some prompts are strings, some are not; give one kind")
+    require(tokenizer is not None, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
+    rows = complete(model, [tokenizer.encode(text).ids for text in prompts], max_new_tokens, **options)
+    return [tokenizer.decode(row.tokens) for row in rows]
 
 
 def complete(
@@ -131,7 +148,7 @@ def complete(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Sequence[int] = 0,
-    eos: int | Sequence[int] = (),
+    eos: int | Sequence[int] | None = None,
     compute: Compute = Compute(),
 ) -> list[Completion]:
     """Continue lists of token ids, all in one batch.
@@ -140,7 +157,7 @@ def complete(
       temperature, top_k, top_p: see Sampling.
       seed: one for all rows, or one a row. A row's sample is the same in any batch; so two equal prompts under one
         seed give equal samples: for several samples of a prompt, give it several seeds.
-      eos: ids that end a row; none by default.
+      eos: ids that end a row: the model's own eos_token_id by default; with () a row never stops.
 
     Raises UsageError for a prompt or a setting that cannot be, DataError if the model's logits are not finite.
     """
@@ -149,6 +166,8 @@ def complete(
     seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
     require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
     require(all(0 <= s < 2**32 for s in seeds), f"seed is {seed}, expected 0 or more, below 2**32")
+    if eos is None:
+        eos = () if model.config.eos_token_id is None else model.config.eos_token_id
     eos = {eos} if np.ndim(eos) == 0 else set(eos)
     if not prompts:
         return []

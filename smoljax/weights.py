@@ -1,55 +1,122 @@
-"""What MODEL may be on a command line: a run, one of its checkpoints, or a Hugging Face folder."""
+"""What MODEL may be, on a command line and in `smoljax.load`: a run, one of its checkpoints, a Hugging Face folder, a
+GGUF file, a nanotron checkpoint, a name on the Hugging Face hub (`owner/name@revision`), or a fetched model's name."""
 
+import contextlib
+import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from smoljax import checkpoint, hf, tokenizer
+from tokenizers import Tokenizer
+
+from smoljax import checkpoint, companions, exchange, fetch, gguf, hf, hub, nanotron, tokenizer
 from smoljax.config import Model
-from smoljax.errors import DataError, require
-from smoljax.hf_config import read_json
+from smoljax.errors import DataError, UsageError, require
 from smoljax.model import SmolLM
 from smoljax.shards import Shards
+
+EXPECTED = "a run, a checkpoint (RUN/checkpoints/STEP), a Hugging Face folder, a .gguf file or a nanotron checkpoint"
 
 
 @dataclass(frozen=True)
 class Weights:
     model: SmolLM
     config: Model
-    tokenizer: Path | None  # a tokenizer.json, where one lies beside the weights
+    files: dict[str, bytes]  # tokenizer.json and the like, where they lie beside the weights
     dtype: str  # of the arrays
     source: str  # what was read, for people
 
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return words(self.files, self.config, self.source)
+
 
 def load(path: str | Path, dtype: str | None = None) -> SmolLM:
-    """The model alone; see `read`."""
+    """The model alone; see `read`. It computes in f32 unless told otherwise (Compute), whatever its dtype."""
     return read(path, dtype).model
 
 
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """MODEL's tokenizer, or the one of a tokenizer.json: `.encode(text).ids`, `.decode(ids)`."""
+    if Path(path).name == "tokenizer.json" and Path(path).is_file():
+        return tokenizer.load(path)
+    with open_source(path) as source:
+        found = words(source.files, source.config, source.name)
+    if found is None:
+        raise DataError(f"{source.name} has no tokenizer.json; copy the model's into the folder")
+    return found
+
+
+def words(files: dict[str, bytes], config: Model, name: str) -> Tokenizer | None:
+    if "tokenizer.json" not in files:
+        return None
+    found = tokenizer.parse(files["tokenizer.json"], f"{name}: tokenizer.json")
+    tokenizer.check_fits(found, config, f"{name}: tokenizer.json")
+    return found
+
+
 def read(path: str | Path, dtype: str | None = None) -> Weights:
-    """Weights from a run (its newest checkpoint), a checkpoint (RUN/checkpoints/STEP) or a Hugging Face folder.
+    """The weights of MODEL, all of them in memory.
 
     Args:
-      dtype: "float32" or "bfloat16"; as stored when None.
+      dtype: of the arrays, one of exchange.DTYPES; as stored when None.
 
     Raises UsageError where there is nothing at `path`, DataError or CheckpointError where it cannot be read.
     """
-    path = Path(path)
-    expected = "a run's folder, one of its checkpoints (RUN/checkpoints/STEP) or a Hugging Face folder"
-    run = checkpoint.locate(path)
-    require(bool(run) or path.exists(), f"there is no {path}; expected {expected} (the hub is not asked)")
-    require(not path.is_file(), f"{path} is a file; expected {expected}")
-    if run:
+    require(dtype in (None, *exchange.DTYPES), f"dtype is {dtype!r}, expected one of {', '.join(exchange.DTYPES)}")
+    path = find(path)
+    if run := checkpoint.locate(path):
         model, config, step = checkpoint.load_model(path, dtype)
-        folder, _ = run
-        source = f"step {step} of {folder}"
-    elif (path / "config.json").is_file() and "model" not in read_json(path / "config.json"):
-        model, config = hf.load(path, dtype)
-        folder, source = path, f"Hugging Face folder {path}"
+        return Weights(model, config, companions.read(run[0]), str(model.embed.dtype), f"step {step} of {run[0]}")
+    with open_source(path) as source:
+        model = exchange.assemble(source, dtype)
+        return Weights(model, source.config, source.files, str(model.embed.dtype), source.name)
+
+
+@contextlib.contextmanager
+def open_source(path: str | Path) -> Iterator[exchange.Source]:
+    """MODEL, opened and checked, its tensors to be read one at a time."""
+    path = find(path)
+    if checkpoint.locate(path):
+        with checkpoint.open_source(path) as source:
+            yield source
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            what = "its folder" if path.suffix in (".safetensors", ".json") else EXPECTED
+            pickle = (
+                " (a pickle can run code and is never opened)" if path.suffix in (".bin", ".pt", ".pth", ".pkl") else ""
+            )
+            raise UsageError(f"{path} is a file; expected {what}{pickle}")
+        yield gguf.open_source(path)
+    elif nanotron.is_checkpoint(path):
+        yield nanotron.open_source(path)
     else:
-        raise DataError(f"{path} is neither {expected}: it holds no checkpoints/, and no config.json of a model")
-    words = folder / "tokenizer.json"
-    return Weights(model, config, words if words.is_file() else None, str(model.embed.dtype), source)
+        ggufs = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
+        if len(ggufs) > 1:
+            raise UsageError(f"{path} holds {len(ggufs)} GGUF files; name one: {', '.join(f.name for f in ggufs)}")
+        if ggufs:
+            yield gguf.open_source(companions.inside(path, ggufs[0].name))
+        elif hf.is_folder(path):
+            yield hf.open_source(path)
+        else:
+            raise DataError(f"{path} is not {EXPECTED}: it holds neither checkpoints/ nor a model's config.json")
+
+
+def find(path: str | Path) -> Path:
+    """Where MODEL lies on this disk; a name on the hub is downloaded."""
+    if Path(path).exists():
+        return Path(path)
+    name = str(path)
+    if name in fetch.NAMES:
+        if found := fetch.cached(name):
+            return found
+        raise UsageError(f"{name} is not fetched yet; run `smoljax fetch {name}` once")
+    if hub.is_name(name):
+        return hub.download(name)
+    raise UsageError(
+        f"there is no {path}; expected {EXPECTED}, a name on the hub (owner/name) or {', '.join(fetch.NAMES)}"
+    )
 
 
 def check_tokenizer(found: Weights, shards: Shards):
@@ -59,8 +126,8 @@ def check_tokenizer(found: Weights, shards: Shards):
             f"{found.source if found.tokenizer is None else shards.path} carries no tokenizer: "
             "nothing says that model and shards belong together"
         )
-    elif not tokenizer.same(found.tokenizer, shards.tokenizer_path):
+    elif not tokenizer.same(found.tokenizer, tokenizer.load(shards.tokenizer_path)):
         raise DataError(
-            f"{shards.path} was made with another tokenizer than the model's {found.tokenizer}; "
-            f"prepare it with --tokenizer {found.tokenizer}"
+            f"{shards.path} was made with another tokenizer than the model's, that of {found.source}; "
+            "prepare it with --tokenizer and the model's tokenizer.json"
         )

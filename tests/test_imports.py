@@ -13,28 +13,35 @@ REPO = Path(__file__).resolve().parents[1]
 LINES = [
     {"errors"},
     {"config"},
-    {"settings", "atomic", "sharding", "rope", "attention", "tokenizer", "shards", "text", "encode", "hf_config"},
-    {"model"},
-    {"loss", "hf", "decode", "optim", "step"},
+    {"settings", "atomic", "sharding", "rope", "attention", "shards", "text", "hf_config", "template"},
+    {"tokenizer_file", "tokenizer", "encode", "chat"},
+    {"companions", "tensors", "fetch"},
+    {"model", "gguf_header", "hub"},
+    {"loss", "exchange", "decode", "optim", "step"},
+    {"gguf_tokenizer", "hf", "gguf", "nanotron"},
 ]
 
 # Who may import what is not Python's own. A new dependency, or an old one in a new place, is a decision: make it here.
-# torch and transformers are compared with in tests and benchmarks, and are nobody's dependency.
+# torch and transformers are compared with in tests, benchmarks and `convert --verify`, and are nobody's dependency.
 EVERYWHERE = {"jax", "numpy", "flax", "smoljax"}
 THIRD_PARTY = {
     "optax": {"smoljax.optim", "smoljax.step"},
-    "einops": {"smoljax.hf"},
-    "safetensors": {"smoljax.hf"},
+    "einops": {"smoljax.exchange"},
+    "safetensors": {"smoljax.tensors"},
+    "gguf": {"smoljax.gguf", "smoljax.gguf_header", "smoljax.gguf_tokenizer"},
+    "jinja2": {"smoljax.template"},
+    "huggingface_hub": {"smoljax.hub"},
     "orbax": {"smoljax.checkpoint"},
     "grain": {"smoljax.data"},
-    "tokenizers": {"smoljax.tokenizer"},
+    "tokenizers": {"smoljax.tokenizer", "smoljax.weights"},
+    "ml_dtypes": {"smoljax.tensors"},
     "rich": {"smoljax.metrics", "smoljax.encode"},
     "matplotlib": {"smoljax.curves"},
     "datatrove": {"smoljax.encode"},
     "pyarrow": {"smoljax.text"},
     "orjson": {"smoljax.text"},
-    "torch": {"smoljax.train.bench", "smoljax.infer.bench"},
-    "transformers": {"smoljax.train.bench", "smoljax.infer.bench"},
+    "torch": {"smoljax.verify", "smoljax.train.bench", "smoljax.infer.bench"},
+    "transformers": {"smoljax.verify", "smoljax.train.bench", "smoljax.infer.bench"},
 }
 
 

@@ -1,0 +1,156 @@
+"""Whether what was written is what was read: tensor by tensor, by logits, and by transformers where it is installed."""
+
+import dataclasses
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smoljax import exchange, weights
+from smoljax.config import Model
+from smoljax.errors import DataError
+from smoljax.exchange import Source
+from smoljax.model import SmolLM
+
+TEXT = """<|im_start|>user
+What is the capital of France, and since when?<|im_end|>
+<|im_start|>assistant
+Paris has been the capital of France for most of the time since 987, when Hugh Capet made it his seat.
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)  # 2.5 for [1, 2, 3, 4]
+"""
+# A quantised number is at most this part of a block's step from the true one: Q8_0 rounds to nearest in steps of
+# amax / 127; Q4_0's steps of amax / 8 reach from -8 to 7, so that +amax itself is a whole step off. A step is stored
+# in f16, 11 bits of it, which moves the ends of Q8_0's range by another 127 / 2048 of a step.
+STEPS = {"q8_0": (127, 0.5 + 127 / 2048), "q4_0": (8, 1 + 8 / 2048)}
+TRANSFORMERS = 1e-3  # largest difference of logits, both in f32; 3e-5 is usual, a wrong rotary layout gives units
+
+
+def compare(source: Source, folder: Path, dtype: str) -> dict:
+    """Read `folder` back and compare it with `source`; DataError where they differ by more than `dtype` does."""
+    with weights.open_source(folder) as written:
+        report = {"tensors": tensors(source, written, dtype)}
+        ids = fixed_ids(source)
+        ours = logits(written, ids)
+        before = logits(source, ids)
+        report["logits"] = {"tokens": len(ids), "largest_difference": float(np.abs(ours - before).max())}
+        report["loss"] = {"source": loss(before, ids), "written": loss(ours, ids)}
+        check_config(source.config, written)
+    report["transformers"] = with_transformers(folder, source.config, ids, ours)
+    return report
+
+
+def check_config(config: Model, written: Source):
+    """The same config, but for initializer_range, which says nothing about these weights: GGUF has no key for it."""
+    found = dataclasses.replace(written.config, initializer_range=config.initializer_range)
+    if found != config:
+        pairs = {k: (v, getattr(found, k)) for k, v in vars(config).items() if getattr(found, k) != v}
+        odd = ", ".join(f"{key} was {was}, is {now}" for key, (was, now) in pairs.items())
+        raise DataError(f"{written.name} has another config than its source: {odd}")
+
+
+def tensors(source: Source, written: Source, dtype: str) -> dict:
+    """Each tensor as the source's rounded to `dtype`, bit for bit; quantised ones within their block's step."""
+    exact, largest = 0, (0.0, None)
+    for name in exchange.shapes(source.config):
+        theirs = written.tensor(name)
+        mine = source.tensor(name, dtype if dtype in exchange.DTYPES else "float32")
+        kind = "q8_0" if name == exchange.EMBED and dtype in STEPS else dtype
+        if kind in STEPS and mine.ndim > 1 and mine.shape[1] % 32:  # no whole blocks: gguf.write falls back to f16
+            mine = source.tensor(name, "float16")
+        if same(mine, theirs):
+            exact += 1
+            continue
+        off = float(np.abs(mine.astype(np.float32) - theirs.astype(np.float32)).max())
+        if off > largest[0]:
+            largest = off, name
+        if not within_a_step(mine, theirs, kind):
+            raise DataError(
+                f"{written.name}: tensor {name} differs from that of {source.name} by up to {off:.3g}; "
+                "what was written is wrong and was removed"
+            )
+    return {"count": len(exchange.shapes(source.config)), "exact": exact, "largest_difference": largest[0]}
+
+
+def same(mine: np.ndarray, theirs: np.ndarray) -> bool:
+    """The same numbers; norms, which GGUF keeps in f32, are compared in that."""
+    rows = zip(np.atleast_2d(mine), np.atleast_2d(theirs), strict=True)
+    return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in rows)
+
+
+def within_a_step(mine: np.ndarray, theirs: np.ndarray, kind: str) -> bool:
+    """Whether each block of 32 is as near as its quantisation allows."""
+    if kind not in STEPS or mine.ndim == 1 or mine.shape[1] % 32:
+        return False
+    steps, part = STEPS[kind]
+    for a, b in zip(mine, theirs, strict=True):
+        a, b = a.reshape(-1, 32), b.reshape(-1, 32)
+        step = np.abs(a).max(axis=1, keepdims=True) / steps
+        if (np.abs(a - b) > part * step).any():
+            return False
+    return True
+
+
+def fixed_ids(source: Source) -> np.ndarray:
+    """TEXT's ids; without a tokenizer, ids spread over the vocabulary."""
+    words = weights.words(source.files, source.config, source.name)
+    if words is not None:
+        return np.array(words.encode(TEXT).ids, np.int32)
+    return (np.arange(64) * 7919 % source.config.vocab_size).astype(np.int32)
+
+
+forward = jax.jit(SmolLM.__call__)
+
+
+def logits(source: Source, ids: np.ndarray) -> np.ndarray:  # T -> TV
+    return np.asarray(forward(exchange.assemble(source), ids[None]))[0]
+
+
+def loss(logits: np.ndarray, ids: np.ndarray) -> float:
+    """Nats a token: a wrong layout on both sides of a conversion shows here alone (2.2 becomes 3.8 on SmolLM2-135M)."""
+    logp = jax.nn.log_softmax(jnp.asarray(logits[:-1]), axis=-1)
+    return float(-jnp.take_along_axis(logp, ids[1:, None], axis=-1).mean())
+
+
+def with_transformers(folder: Path, config: Model, ids: np.ndarray, ours: np.ndarray) -> dict | str:
+    """The largest difference of logits, or why there is none to report."""
+    gguf = next(folder.glob("*.gguf"), None)
+    for package in ("torch", "transformers") + (("accelerate",) if gguf else ()):
+        if importlib.util.find_spec(package) is None:
+            return f"not compared, {package} is not installed"
+    if (folder / "checkpoints").is_dir():
+        return "not compared, it does not read this format"
+    if config.hidden_size % config.num_attention_heads:
+        return "not compared, it wants heads that divide hidden_size"
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf.name if gguf else None, dtype=torch.float32, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            theirs = theirs(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
+    except Exception as e:
+        raise DataError(f"{folder}: transformers cannot read what was written ({type(e).__name__}: {e})") from e
+    off = float(np.abs(theirs - ours).max())
+    if not off <= TRANSFORMERS:
+        raise DataError(
+            f"{folder}: transformers' logits differ from ours by up to {off:.3g}, expected at most {TRANSFORMERS}; "
+            "what was written is wrong and was removed"
+        )
+    return {"largest_difference": off, "loss": loss(theirs, ids)}
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """sha256 by file name, of everything below a folder."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -1,0 +1,118 @@
+"""SmolLM2-135M-Instruct's own weights (4-bit, 92 MB, fetched once into the cache): what a user sees is what is right.
+
+tests/data/greedy_fp32.json holds transformers' greedy answers on the same dequantised weights in f32, and
+tests/data/tokenizer_vectors.json ids that llama.cpp's tokenizer gives.
+"""
+
+import json
+import pydoc_data.topics
+import statistics
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_model import forward
+
+import smoljax
+from infer import convert, generate
+from smoljax import chat, fetch, weights
+from smoljax.errors import Error
+from smoljax.template import Template
+
+NAME = "smollm2-135m-instruct"
+DATA = Path(__file__).parent / "data"
+VECTORS = json.loads((DATA / "tokenizer_vectors.json").read_text())
+ANSWERS = json.loads((DATA / "greedy_fp32.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def path():
+    try:
+        return fetch.fetch(NAME)
+    except Error as e:
+        pytest.skip(f"THE REAL WEIGHTS WERE NOT TESTED: {e}")
+
+
+@pytest.fixture(scope="module")
+def real(path):
+    return weights.read(NAME)
+
+
+def code_and_prose() -> str:
+    """200 kB: code of Python's own library, and the prose of its reference."""
+    code = Path(statistics.__file__).read_text() + Path(json.decoder.__file__).read_text()
+    prose = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+    return (code + prose)[:200_000]
+
+
+def test_what_it_is(real):
+    c = real.config
+    assert c.parameters == 134_515_008 and real.dtype == "float32"
+    assert (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads) == (576, 30, 9, 3)
+    assert (c.rope_theta, c.rms_norm_eps, c.max_position_embeddings, c.initializer_range) == (1e5, 1e-5, 8192, 1 / 24)
+    assert (c.bos_token_id, c.eos_token_id, c.pad_token_id) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=range(len(VECTORS)))
+def test_tokenizer(real, vector):
+    assert real.tokenizer.encode(vector["text"]).ids == vector["ids"]
+
+
+def test_tokenizer_as_transformers(path, real):
+    """transformers builds its tokenizer of a GGUF without the Digits step; with it, the ids are the same."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import pre_tokenizers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
+    text = code_and_prose()
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    assert len(text) == 200_000
+    assert real.tokenizer.encode(text).ids == theirs.encode(text, add_special_tokens=False).ids
+    theirs.pre_tokenizer = words
+    assert real.tokenizer.encode(text).ids != theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_logits_as_transformers(path, real):
+    """Over a chat prompt and 2,048 tokens of code; transformers reads and dequantises the GGUF by itself."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    prompt = real.tokenizer.encode(ANSWERS[0]["rendered"]).ids
+    code = real.tokenizer.encode(code_and_prose()).ids[:2048]
+    for ids in (prompt, code):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([ids])).logits[0].numpy()
+        found = np.asarray(forward(real.model, np.array([ids])))[0]
+        assert np.abs(found - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("i", range(len(ANSWERS)))
+def test_greedy_answers(real, i):
+    """The smallest margin between the two likeliest tokens is 0.015 in these answers, a thousand times our error."""
+    with Template(chat.pick(real.files, real.config), "the model's own template") as template:
+        text = template.render([{"role": "user", "content": ANSWERS[i]["prompt"]}])
+    assert text == ANSWERS[i]["rendered"]
+    (new,) = smoljax.generate(real.model, [real.tokenizer.encode(text).ids], max_new_tokens=96)
+    assert real.tokenizer.decode(new, skip_special_tokens=False) == ANSWERS[i]["text"]
+
+
+def test_it_answers(path, capsys):
+    assert generate.main([NAME, "--chat", "--prompt", "What is the capital of France?"]) == 0
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
+
+
+def test_through_every_format(path, real, tmp_path, capsys):
+    """GGUF -> Hugging Face -> GGUF in f32 -> the same numbers, each proven, and the same answer."""
+    hf, gguf = str(tmp_path / "hf"), str(tmp_path / "gguf")
+    convert.main([NAME, hf, "--to", "hf", "--verify", "--json"])
+    convert.main([hf, gguf, "--to", "gguf", "--verify", "--json"])
+    for report in map(json.loads, capsys.readouterr().out.splitlines()):
+        assert report["tensors"] == {"count": 272, "exact": 272, "largest_difference": 0}
+        if isinstance(report["transformers"], dict):
+            assert report["transformers"]["largest_difference"] < 1e-3
+    for one, other in zip(jax.tree.leaves(weights.read(gguf).model), jax.tree.leaves(real.model), strict=True):
+        assert np.array_equal(one, other)
+    assert generate.main([gguf, "--chat", "--prompt", "What is the capital of France?"]) == 0
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
