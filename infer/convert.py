@@ -13,7 +13,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from smoljax.errors import require, run
+from smoljax.errors import Error, require, run
 
 DTYPES = {"hf": ("float32", "bfloat16", "float16"), "orbax": ("float32", "bfloat16", "float16")}
 DTYPES["gguf"] = (*DTYPES["hf"], "q8_0", "q4_0")
@@ -53,7 +53,7 @@ def main(argv=None) -> int:
             dtype = args.dtype or source.dtype
             write(source, part, args, dtype)
             report = {
-                "route": f"{Path(args.src).name} -> {args.to}",
+                "route": f"{Path(args.src).name if Path(args.src).exists() else args.src} -> {args.to}",
                 "dtype": dtype,
                 "parameters": source.config.parameters,
                 "seconds": round(time.perf_counter() - start, 2),
@@ -70,7 +70,11 @@ def main(argv=None) -> int:
         print(f"smoljax: note: {args.src} has no tokenizer.json, so {args.dst} has none", file=sys.stderr)
     print(json.dumps(report) if args.json else describe(args.dst, report))
     if args.push:
-        print(hub.push(args.dst, args.push, private=args.private), file=sys.stderr)
+        try:
+            print(hub.push(args.dst, args.push, private=args.private), file=sys.stderr)
+        except Error as e:
+            again = f"{args.dst} is complete; to push it again: hf upload {args.push} {args.dst}"
+            raise type(e)(f"{e}; {again}") from None
     return 0
 
 

@@ -46,7 +46,13 @@ def main(argv=None) -> int:
     if words is None:
         raise UsageError(f"{args.model} has no tokenizer.json, which prompts need; copy the model's into the folder")
     texts = render(loaded, conversations) if conversations else args.prompt
-    prompts = [chat.encode(words, text) for text in texts]
+    eos = None  # the model's own
+    if conversations:
+        prompts = [chat.encode(words, text) for text in texts]
+        if chat.own(loaded.files) is None:  # a base model ends a document, and not a turn
+            eos = ends(loaded.config) + (words.token_to_id("<|im_end|>"),)
+    else:
+        prompts = [words.encode(text).ids for text in texts]
     for number, ids in enumerate(prompts, start=1):
         require(bool(ids), f"prompt {number} is {texts[number - 1]!r}, which has no tokens; give some text")
 
@@ -58,6 +64,7 @@ def main(argv=None) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        eos=eos,
         compute=Compute(dtype=args.dtype),
     )
     for i, row in enumerate(rows):
@@ -76,11 +83,16 @@ def render(loaded, conversations: list) -> list[str]:
     from smoljax.template import Template
 
     c, words = loaded.config, loaded.tokenizer
-    ends = c.eos_token_id if isinstance(c.eos_token_id, tuple) else (c.eos_token_id,)
-    bos, eos = ("" if id is None else words.id_to_token(id) or "" for id in (c.bos_token_id, ends[0]))
+    first = ends(c)[0] if ends(c) else None
+    bos, eos = ("" if id is None else words.id_to_token(id) or "" for id in (c.bos_token_id, first))
     name = f"the chat template of {loaded.source}"
     with Template(chat.pick(loaded.files, c), name, bos, eos) as template:
         return [template.render(messages) for messages in conversations]
+
+
+def ends(config) -> tuple[int, ...]:
+    eos = config.eos_token_id
+    return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
 
 def check_text(text: str, number: int):

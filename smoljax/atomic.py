@@ -30,10 +30,10 @@ def copy(source: Path, file: Path):
 def fresh(folder: str | Path):
     """A temporary sibling that becomes `folder` when the block ends well and vanishes when it does not."""
     folder = Path(folder).absolute()
-    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    require(free, f"{folder} exists already; name a new folder")
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
+        free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        require(free, f"{folder} exists already; name a new folder")
         part.mkdir(parents=True)
     except OSError as e:
         raise UsageError(f"{folder} cannot be written: {e.strerror or e}") from None

@@ -20,8 +20,8 @@ CHATML, SMOLLM2 = _LOOP + _BODY, _LOOP + _FIRST + _SYSTEM + "<|im_end|>\n' }}{% 
 log = logging.getLogger("smoljax")
 
 
-def pick(files: dict[str, bytes], config) -> str:
-    """The template in a model's files: chat_template.jinja, else tokenizer_config.json's; else SmolLM's own."""
+def own(files: dict[str, bytes]) -> str | None:
+    """The template in a model's files: chat_template.jinja, else tokenizer_config.json's; None where there is none."""
     from smoljax.hf_config import parse_json
 
     found = parse_json(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json").get("chat_template")
@@ -31,22 +31,29 @@ def pick(files: dict[str, bytes], config) -> str:
             raise DataError(
                 f"tokenizer_config.json has chat templates named {str([*named])[:200]}, expected a 'default'"
             )
-        found = named["default"]
+        found = named.pop("default")
+        if named:
+            log.warning("of the chat templates the default is used; not %s", str([*named])[:200])
     if not isinstance(found, str | None):
         raise DataError(f"tokenizer_config.json: chat_template is a {type(found).__name__}, expected text")
-    if (own := files.get("chat_template.jinja")) is not None:
-        try:
-            own = own.decode()
-        except UnicodeDecodeError as e:
-            raise DataError(f"chat_template.jinja is not UTF-8 text (byte {e.start})") from None
-        if found not in (None, own):
-            log.warning("chat_template.jinja and tokenizer_config.json's chat_template differ; the former is used")
-        return own
-    if found is None:
-        new = config.max_position_embeddings == 8192 and config.rope_theta in (100_000, 130_000)
-        log.info("the model has no chat template; %s is used", "SmolLM2's" if new else "SmolLM's, plain ChatML,")
-        return SMOLLM2 if new else CHATML
-    return found
+    if (own := files.get("chat_template.jinja")) is None:
+        return found
+    try:
+        own = own.decode()
+    except UnicodeDecodeError as e:
+        raise DataError(f"chat_template.jinja is not UTF-8 text (byte {e.start})") from None
+    if found not in (None, own):
+        log.warning("chat_template.jinja and tokenizer_config.json's chat_template differ; the former is used")
+    return own
+
+
+def pick(files: dict[str, bytes], config) -> str:
+    """The model's own template, else SmolLM's."""
+    if (found := own(files)) is not None:
+        return found
+    new = config.max_position_embeddings == 8192 and config.rope_theta in (100_000, 130_000)
+    log.warning("the model has no chat template; %s is used", "SmolLM2's" if new else "SmolLM's, plain ChatML,")
+    return SMOLLM2 if new else CHATML
 
 
 def encode(tokenizer, text: str) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 from importlib.metadata import version
 from pathlib import Path
 
+from smoljax import chat
 from smoljax import tokenizer as tokenizers
 from smoljax.config import Model
 from smoljax.errors import DataError
@@ -78,12 +79,15 @@ def of_folder(config: Model, files: dict[str, bytes]) -> dict[str, bytes]:
     out["generation_config.json"] = to_json(old | {k: v for k, v in ids.items() if v is not None})
     out.setdefault("README.md", card(config))
     if "tokenizer.json" in files:
-        settings, template = tokenizer_config(config, files), files.get("chat_template.jinja")
-        if template is not None:  # old readers look into the settings, new ones into the file
-            settings["chat_template"] = template.decode()
-        elif isinstance(settings.get("chat_template"), str):
-            out["chat_template.jinja"] = settings["chat_template"].encode()
+        settings = tokenizer_config(config, files)
+        if (template := chat.own(files)) is not None:  # old readers look into the settings, new ones into the file
+            settings["chat_template"] = template
+            out["chat_template.jinja"] = template.encode()
         out["tokenizer_config.json"] = to_json(settings)
+        if "special_tokens_map.json" in files:  # which old readers put before the settings
+            keys = ("bos_token", "eos_token", "unk_token", "pad_token")
+            special = {key: settings[key] for key in keys if settings.get(key) is not None}
+            out["special_tokens_map.json"] = to_json(special)
     return out
 
 
@@ -105,17 +109,17 @@ def tokenizer_config(config: Model, files: dict[str, bytes]) -> dict:
             raise DataError(f"the model's {name}_token_id is {id}, but tokenizer.json has no token of that id")
         old = settings.setdefault(f"{name}_token", token)
         old = old["content"] if isinstance(old, dict) and "content" in old else old
-        if old != token and not (name == "pad" and token is None):
-            log.warning(
-                f"tokenizer_config.json: {name}_token is {old!r}, but the model's {name}_token_id {id} is {token!r}"
-            )
+        if old not in (None, token) and token is not None:
+            log.warning(f"tokenizer_config.json: {name}_token was {str(old)[:60]!r}; the model's is {id}, {token!r}")
+        if old != token and (token is not None or name != "pad"):  # a base model has none to pad with, its user may
+            settings[f"{name}_token"] = token
     if settings.get("tokenizer_class", "GPT2Tokenizer") in ("GPT2Tokenizer", "GPT2TokenizerFast"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     return settings
 
 
 def to_json(value) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def card(config: Model) -> bytes:

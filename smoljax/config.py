@@ -59,6 +59,7 @@ class Model:
         require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}, but rotary embedding needs an even size")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
+            require(value != (), f"model.{name} is an empty list, expected none or an id")
             for id in value if isinstance(value, tuple) else [value]:
                 require(
                     id is None or (type(id) is int and 0 <= id < self.vocab_size),

@@ -8,7 +8,7 @@ seen. A row's tokens depend on its prompt and seed alone, not on the batch that 
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -148,7 +148,7 @@ def complete(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Sequence[int] = 0,
-    eos: int | Sequence[int] | None = None,
+    eos: int | Iterable[int] | None = None,
     compute: Compute = Compute(),
 ) -> list[Completion]:
     """Continue lists of token ids, all in one batch.
@@ -168,7 +168,7 @@ def complete(
     require(all(0 <= s < 2**32 for s in seeds), f"seed is {seed}, expected 0 or more, below 2**32")
     if eos is None:
         eos = () if model.config.eos_token_id is None else model.config.eos_token_id
-    eos = {eos} if np.ndim(eos) == 0 else set(eos)
+    eos = set(eos) if isinstance(eos, Iterable) else {eos}
     if not prompts:
         return []
 

@@ -79,6 +79,12 @@ def dequantise(raw: np.ndarray, kind: Type) -> np.ndarray:
     return out
 
 
+def rounded(array: np.ndarray, kind: str) -> np.ndarray:
+    """A matrix as it comes back from "q8_0" or "q4_0"."""
+    kind = Type[TYPES[kind]]
+    return dequantise(quantise(array, kind), kind).reshape(array.shape)
+
+
 def quantise(array: np.ndarray, kind: Type) -> np.ndarray:
     """The way back, to bytes; OverflowError where a block's scale is beyond F16."""
     block, size = gguf.GGML_QUANT_SIZES[kind]

@@ -6,7 +6,7 @@ import logging
 import gguf
 import numpy as np
 
-from smoljax import companions, tokenizer
+from smoljax import chat, companions, tokenizer
 from smoljax.config import Model
 from smoljax.errors import DataError
 from smoljax.exchange import Source
@@ -118,12 +118,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: Source):
             writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
-    template = files.get("chat_template.jinja", settings.get("chat_template"))
-    try:
-        template = template.decode() if isinstance(template, bytes) else template
-    except UnicodeDecodeError:
-        raise DataError(f"{source.name}: chat_template.jinja is not UTF-8") from None
-    if isinstance(template, str):
+    if (template := chat.own(files)) is not None:
         writer.add_chat_template(template)
 
 

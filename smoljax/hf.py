@@ -24,7 +24,7 @@ MAX_INDEX = 16 << 20  # bytes; the 1.7B model's would have 20 kB
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder holds the config.json of a model, and not that of a run."""
-    return (folder / "config.json").is_file() and "model" not in read_json(folder / "config.json")
+    return (folder / "config.json").is_file() and "model" not in read_json(inside(folder, "config.json"))
 
 
 def open_source(folder: str | Path) -> Source:

@@ -47,8 +47,11 @@ def parse_json(content: bytes, file: Path | str) -> dict:
             raise DataError(f"{file} holds {twice[0]!r} twice; remove one of the two")
         return dict(pairs)
 
+    def constant(name):
+        raise ValueError(f"{name} is no JSON")
+
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as e:
         raise DataError(f"{file} cannot be read as JSON ({e})") from None
     if not isinstance(found, dict):

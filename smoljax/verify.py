@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smoljax import exchange, weights
+from smoljax import chat, exchange, gguf, weights
 from smoljax.config import Model
 from smoljax.errors import DataError
 from smoljax.exchange import Source
@@ -20,7 +20,10 @@ What is the capital of France, and since when?<|im_end|>
 <|im_start|>assistant
 Paris has been the capital of France for most of the time since 987, when Hugh Capet made it his seat.
 def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)  # 2.5 for [1, 2, 3, 4]
+    return sum(numbers) / len(numbers)  # 2.5 for [1, 2, 3, 4],   12345 or 3.14159
+
+
+caf\u00e9 \u2013 \u6771\u4eac \U0001f916 \u00bd
 """
 # A quantised number is at most this part of a block's step from the true one: Q8_0 rounds to nearest in steps of
 # amax / 127; Q4_0's steps of amax / 8 reach from -8 to 7, so that +amax itself is a whole step off. A step is stored
@@ -39,6 +42,7 @@ def compare(source: Source, folder: Path, dtype: str) -> dict:
         report["logits"] = {"tokens": len(ids), "largest_difference": float(np.abs(ours - before).max())}
         report["loss"] = {"source": loss(before, ids), "written": loss(ours, ids)}
         check_config(source.config, written)
+        report["tokenizer"] = check_words(source, written)
     report["transformers"] = with_transformers(folder, source.config, ids, ours)
     return report
 
@@ -50,6 +54,23 @@ def check_config(config: Model, written: Source):
         pairs = {k: (v, getattr(found, k)) for k, v in vars(config).items() if getattr(found, k) != v}
         odd = ", ".join(f"{key} was {was}, is {now}" for key, (was, now) in pairs.items())
         raise DataError(f"{written.name} has another config than its source: {odd}")
+
+
+def check_words(source: Source, written: Source) -> str:
+    """The same vocabulary, the same ids of a text, the same chat template; the special ids are the config's."""
+    theirs, mine = (weights.words(each.files, each.config, each.name) for each in (written, source))
+    if mine is None or theirs is None:
+        if mine is not theirs:
+            raise DataError(f"{written.name} and {source.name}: only one of them has a tokenizer")
+        return "none"
+    whole = written.files["tokenizer.json"] == source.files["tokenizer.json"]
+    rebuilt = written.name.startswith("GGUF")  # GGUF has the vocabulary and the merges, not the file
+    alike = theirs.get_vocab() == mine.get_vocab() and theirs.encode(TEXT).ids == mine.encode(TEXT).ids
+    if not (whole or (alike and rebuilt)):
+        raise DataError(f"{written.name} has another tokenizer than {source.name}; what was written was removed")
+    if chat.own(written.files) != chat.own(source.files):
+        raise DataError(f"{written.name} has another chat template than {source.name}; what was written was removed")
+    return f"the same {len(mine.get_vocab())} tokens, and ids of a text"
 
 
 def tensors(source: Source, written: Source, dtype: str) -> dict:
@@ -64,6 +85,8 @@ def tensors(source: Source, written: Source, dtype: str) -> dict:
         if same(mine, theirs):
             exact += 1
             continue
+        if kind in STEPS and mine.ndim > 1 and not same(gguf.rounded(mine, kind), theirs):
+            raise DataError(f"{written.name}: tensor {name} is not that of {source.name}, quantised; it was removed")
         off = float(np.abs(mine.astype(np.float32) - theirs.astype(np.float32)).max())
         if off > largest[0]:
             largest = off, name
@@ -76,9 +99,9 @@ def tensors(source: Source, written: Source, dtype: str) -> dict:
 
 
 def same(mine: np.ndarray, theirs: np.ndarray) -> bool:
-    """The same numbers; norms, which GGUF keeps in f32, are compared in that."""
+    """The same numbers, bit for bit; norms, which GGUF keeps in f32, are compared in that."""
     rows = zip(np.atleast_2d(mine), np.atleast_2d(theirs), strict=True)
-    return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in rows)
+    return all(a.astype(np.float32).tobytes() == b.astype(np.float32).tobytes() for a, b in rows)
 
 
 def within_a_step(mine: np.ndarray, theirs: np.ndarray, kind: str) -> bool:
@@ -117,8 +140,8 @@ def loss(logits: np.ndarray, ids: np.ndarray) -> float:
 
 def with_transformers(folder: Path, config: Model, ids: np.ndarray, ours: np.ndarray) -> dict | str:
     """The largest difference of logits, or why there is none to report."""
-    gguf = next(folder.glob("*.gguf"), None)
-    for package in ("torch", "transformers") + (("accelerate",) if gguf else ()):
+    file = next(folder.glob("*.gguf"), None)
+    for package in ("torch", "transformers") + (("accelerate",) if file else ()):
         if importlib.util.find_spec(package) is None:
             return f"not compared, {package} is not installed"
     if (folder / "checkpoints").is_dir():
@@ -126,18 +149,23 @@ def with_transformers(folder: Path, config: Model, ids: np.ndarray, ours: np.nda
     if config.hidden_size % config.num_attention_heads:
         return "not compared, it wants heads that divide hidden_size"
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         theirs = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf.name if gguf else None, dtype=torch.float32, attn_implementation="eager"
+            folder, gguf_file=file.name if file else None, dtype=torch.float32, attn_implementation="eager"
         )
         with torch.no_grad():
             theirs = theirs(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
     except Exception as e:
         raise DataError(f"{folder}: transformers cannot read what was written ({type(e).__name__}: {e})") from e
+    if file is None and (folder / "tokenizer.json").is_file():
+        found = AutoTokenizer.from_pretrained(folder)
+        words = weights.load_tokenizer(folder)
+        if found(TEXT)["input_ids"] != words.encode(TEXT).ids:
+            raise DataError(f"{folder}: transformers gives other ids than tokenizer.json; what was written was removed")
     off = float(np.abs(theirs - ours).max())
     if not off <= TRANSFORMERS:
         raise DataError(

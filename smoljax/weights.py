@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from smoljax import checkpoint, companions, exchange, fetch, gguf, hf, hub, nanotron, tokenizer
 from smoljax.config import Model
-from smoljax.errors import DataError, UsageError, require
+from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.model import SmolLM
 from smoljax.shards import Shards
 
@@ -39,7 +39,8 @@ def load(path: str | Path, dtype: str | None = None) -> SmolLM:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """MODEL's tokenizer, or the one of a tokenizer.json: `.encode(text).ids`, `.decode(ids)`."""
-    if Path(path).name == "tokenizer.json" and Path(path).is_file():
+    file, folder = Path(path), Path(path) / "tokenizer.json"
+    if (file.name == "tokenizer.json" and file.is_file()) or (folder.is_file() and not (file / "config.json").exists()):
         return tokenizer.load(path)
     with open_source(path) as source:
         found = words(source.files, source.config, source.name)
@@ -66,7 +67,7 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
     """
     require(dtype in (None, *exchange.DTYPES), f"dtype is {dtype!r}, expected one of {', '.join(exchange.DTYPES)}")
     path = find(path)
-    if run := checkpoint.locate(path):
+    if run := run_of(path):
         model, config, step = checkpoint.load_model(path, dtype)
         return Weights(model, config, companions.read(run[0]), str(model.embed.dtype), f"step {step} of {run[0]}")
     with open_source(path) as source:
@@ -78,7 +79,7 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
 def open_source(path: str | Path) -> Iterator[exchange.Source]:
     """MODEL, opened and checked, its tensors to be read one at a time."""
     path = find(path)
-    if checkpoint.locate(path):
+    if run_of(path):
         with checkpoint.open_source(path) as source:
             yield source
     elif path.is_file():
@@ -103,17 +104,28 @@ def open_source(path: str | Path) -> Iterator[exchange.Source]:
             raise DataError(f"{path} is not {EXPECTED}: it holds neither checkpoints/ nor a model's config.json")
 
 
+def run_of(path: Path) -> tuple[Path, int | None] | None:
+    """The run that a path is in; nanotron calls its folders checkpoints/STEP, too."""
+    return None if nanotron.is_checkpoint(path) else checkpoint.locate(path)
+
+
 def find(path: str | Path) -> Path:
     """Where MODEL lies on this disk; a name on the hub is downloaded."""
-    if Path(path).exists():
-        return Path(path)
     name = str(path)
+    try:
+        if Path(path).exists():
+            return Path(path)
+    except OSError as e:
+        raise UsageError(f"{name[:200]} cannot be read ({e.strerror})") from None
     if name in fetch.NAMES:
         if found := fetch.cached(name):
             return found
         raise UsageError(f"{name} is not fetched yet; run `smoljax fetch {name}` once")
-    if hub.is_name(name):
-        return hub.download(name)
+    if hub.is_name(name) and not Path(name).parent.is_dir():  # runs/lnog is a typing error, and no name of the hub's
+        try:
+            return hub.download(name)
+        except Error as e:
+            raise e if "on this disk" in str(e) else type(e)(f"there is no {name} on this disk; {e}") from None
     raise UsageError(
         f"there is no {path}; expected {EXPECTED}, a name on the hub (owner/name) or {', '.join(fetch.NAMES)}"
     )

@@ -253,7 +253,7 @@ def test_pick(caplog):
         ({}, new, chat.SMOLLM2, "SmolLM2's is used"),
         ({}, old, chat.CHATML, "plain ChatML, is used"),
         ({"tokenizer_config.json": config("C")}, new, "C", ""),
-        ({"tokenizer_config.json": listed}, new, "D", ""),
+        ({"tokenizer_config.json": listed}, new, "D", "not ['tools']"),
         ({"tokenizer_config.json": b"{}", "chat_template.jinja": b"J\n"}, new, "J\n", ""),
         ({"tokenizer_config.json": config("J"), "chat_template.jinja": b"J"}, new, "J", ""),
         ({"tokenizer_config.json": config("C"), "chat_template.jinja": b"J"}, new, "J", "differ; the former is used"),

@@ -96,11 +96,15 @@ def test_verify_where_numbers_are_rounded(dtype, tmp_path, capsys):
         assert report["tensors"]["exact"] == 1 + 2 * 2 + 2  # the norms, and o, which is F16 as said
 
 
-@pytest.mark.parametrize("damage", ["layout", "one number", "swap", "theta"])
+@pytest.mark.parametrize("damage", ["layout", "one number", "zero", "swap", "theta", "tokenizer", "template"])
 def test_verify_finds_what_is_wrong(damage, tmp_path, monkeypatch):
     """A wrong rotary layout above all; nothing stays behind."""
-    saved(tmp_path / "a")
-    source = weights.hf.open_source(tmp_path / "a")
+    model = saved(tmp_path / "a")
+    if damage == "zero":
+        model.layers.up.set_value(model.layers.up[...].at[1, 4, 3].set(0.0))
+        (tmp_path / "a").rename(tmp_path / "words" / "a")
+        hf.save(tmp_path / "a", model, CONFIG, tokenizer=tmp_path / "words")
+    source = hf.open_source(tmp_path / "a")
 
     def get(name):
         tensor = np.array(source.get(name))
@@ -108,6 +112,8 @@ def test_verify_finds_what_is_wrong(damage, tmp_path, monkeypatch):
             tensor = gguf.permute(tensor, CONFIG.num_attention_heads)
         if damage == "one number" and name.endswith("layers.2.mlp.up_proj.weight"):
             tensor[3, 4] = np.nextafter(tensor[3, 4], 9)
+        if damage == "zero" and name.endswith("layers.1.mlp.up_proj.weight"):
+            tensor[3, 4] = -0.0
         if damage == "swap":
             other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
             for one, two in other.items():
@@ -116,10 +122,18 @@ def test_verify_finds_what_is_wrong(damage, tmp_path, monkeypatch):
         return tensor
 
     config = dataclasses.replace(CONFIG, rope_theta=10_000.0) if damage == "theta" else CONFIG
-    wrong = dataclasses.replace(source, get=get, config=config)
+    files = dict(source.files)
+    if damage == "tokenizer":  # what transformers 5 makes of SmolLM's: no Digits step
+        spec = json.loads(files["tokenizer.json"])
+        spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][1]
+        files["tokenizer.json"] = json.dumps(spec).encode()
+    if damage == "template":
+        files["chat_template.jinja"] = b"{{ messages }}"
+    wrong = dataclasses.replace(source, get=get, config=config, files=files)
     writer = hf.write
     monkeypatch.setattr(hf, "write", lambda folder, _, *rest: writer(folder, wrong, *rest))
-    sentence = "rope_theta was 100000" if damage == "theta" else "tensor model.layers.*differs"
+    sentence = {"theta": "rope_theta was 100000", "tokenizer": "another tokenizer", "template": "another chat template"}
+    sentence = sentence.get(damage, "tensor model.layers.*differs")
     with pytest.raises(DataError, match=sentence):
         convert.main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "hf", "--verify"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "words"]
