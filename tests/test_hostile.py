@@ -132,7 +132,7 @@ def raw(folder, header, data=b"\0" * 16, length=None):
         ({"a": entry(0, 16, dtype="F99")}, {}),
         ({"a": entry(0, 16, dtype=None)}, {}),
         ({"a": entry(0, 16)}, {"length": 1 << 63}),
-        ({"a": entry(0, 16)}, {"length": (8 << 20) + 1}),
+        ({"a": entry(0, 16)}, {"length": (4 << 20) + 1}),
         ({"a": entry(0, 16)}, {"length": 1000}),
         ({"a": entry(0, 16)}, {"length": 3}),
         (b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 16)).encode(),) * 2), {}),  # the library takes the last
