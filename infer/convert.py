@@ -42,6 +42,7 @@ def main(argv=None) -> int:
     split = args.max_file_size
     require(split is None or (args.to == "hf" and split > 0), "--max-file-size is for --to hf, and more than 0")
     require(not args.private or args.push, "--private is for --push")
+    require(not args.dst.endswith(".gguf"), f"DST is {args.dst}, but it is a folder, in which the .gguf gets its name")
     from smoljax import atomic, hub, runtime, verify, weights
 
     if args.push:
@@ -55,6 +56,7 @@ def main(argv=None) -> int:
             report = {
                 "route": f"{Path(args.src).name if Path(args.src).exists() else args.src} -> {args.to}",
                 "dtype": dtype,
+                "bits": "exact" if dtype in (source.dtype, "float32") else "rounded",
                 "parameters": source.config.parameters,
                 "seconds": round(time.perf_counter() - start, 2),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000,  # kB on Linux
@@ -96,14 +98,17 @@ def write(source, folder, args, dtype: str):
 
 
 def describe(dst: str, report: dict) -> str:
+    file = next(Path(dst).glob("*.gguf"), dst)
     lines = [
-        f"wrote {dst}: {report['parameters']:,} parameters in {report['dtype']}, {report['route']}, "
+        f"wrote {file}: {report['parameters']:,} parameters in {report['dtype']}, {report['route']}, "
         f"in {report['seconds']} s with {report['peak_memory_mb']:,} MB"
     ]
     if "tensors" in report:
         t, theirs, logits = report["tensors"], report["transformers"], report["logits"]
+        rounded = "" if report["bits"] == "exact" else f" rounded to {report['dtype']}"
         lines.append(
-            f"read back: {t['exact']} of {t['count']} tensors exact, difference up to {t['largest_difference']:.3g}"
+            f"read back: {t['exact']} of {t['count']} tensors are exactly the source's{rounded}, "
+            f"difference up to {t['largest_difference']:.3g}"
         )
         lines.append(
             f"logits differ by up to {logits['largest_difference']:.3g} on {logits['tokens']} tokens; "

@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, metavar="P", help="... from the fewest that reach the probability P")
     p.add_argument("--seed", type=int, default=0, help="of the samples; equal prompts give equal samples")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
-    p.add_argument("--json", action="store_true", help="a JSON line per prompt: prompt, text, tokens, finish_reason")
+    p.add_argument(
+        "--json", action="store_true", help="a JSON line each: prompt or messages, text, tokens, finish_reason"
+    )
     return p
 
 
@@ -34,10 +36,13 @@ def main(argv=None) -> int:
 
     decode.Sampling(args.temperature, args.top_k, args.top_p)  # a wrong setting is said before weights are read
     require(args.max_new_tokens >= 1, f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more")
+    greedy = args.temperature == 0 and (args.top_k is not None or args.top_p is not None)
+    require(not greedy, "--top-k and --top-p choose what is sampled from; give --temperature, more than 0")
     require(bool(args.prompt) != bool(args.messages), "expected --prompt TEXT, or --messages FILE, and not both")
     for number, text in enumerate(args.prompt, start=1):
         check_text(text, number)
     conversations = list(chat.read_messages(args.messages)) if args.messages else []
+    require(bool(conversations) or not args.messages, f"{args.messages} holds no conversation; give one a line")
     if args.chat:
         conversations = conversations or [[{"role": "user", "content": text}] for text in args.prompt]
     runtime.start()

@@ -1,8 +1,10 @@
 """Whether what was written is what was read: tensor by tensor, by logits, and by transformers where it is installed."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import io
 from pathlib import Path
 
 import jax
@@ -153,10 +155,10 @@ def with_transformers(folder: Path, config: Model, ids: np.ndarray, ours: np.nda
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    how = {"gguf_file": file.name if file else None, "dtype": torch.float32, "attn_implementation": "eager"}
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file.name if file else None, dtype=torch.float32, attn_implementation="eager"
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no setting of transformers turns off
+            theirs = AutoModelForCausalLM.from_pretrained(folder, **how)
         with torch.no_grad():
             theirs = theirs(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
     except Exception as e:

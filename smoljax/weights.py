@@ -14,6 +14,7 @@ from smoljax import checkpoint, companions, exchange, fetch, gguf, hf, hub, nano
 from smoljax.config import Model
 from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.model import SmolLM
+from smoljax.settings import meant
 from smoljax.shards import Shards
 
 EXPECTED = "a run, a checkpoint (RUN/checkpoints/STEP), a Hugging Face folder, a .gguf file or a nanotron checkpoint"
@@ -127,7 +128,8 @@ def find(path: str | Path) -> Path:
         except Error as e:
             raise e if "on this disk" in str(e) else type(e)(f"there is no {name} on this disk; {e}") from None
     raise UsageError(
-        f"there is no {path}; expected {EXPECTED}, a name on the hub (owner/name) or {', '.join(fetch.NAMES)}"
+        f"there is no {path}{meant(name, fetch.NAMES)}; expected {EXPECTED}, a name on the hub (owner/name) or "
+        f"{', '.join(fetch.NAMES)}"
     )
 
 

@@ -88,7 +88,7 @@ def test_verify_where_numbers_are_rounded(dtype, tmp_path, capsys):
     saved(tmp_path / "a", config)
     convert.main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "gguf", "--dtype", dtype, "--verify", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["dtype"] == dtype and 0 < report["logits"]["largest_difference"]
+    assert report["dtype"] == dtype and report["bits"] == "rounded" and 0 < report["logits"]["largest_difference"]
     if dtype in ("bfloat16", "float16"):
         assert report["tensors"]["exact"] == report["tensors"]["count"]  # the source's, rounded
     else:
@@ -173,6 +173,8 @@ def test_what_it_says(tmp_path, capsys):
             convert.main([str(tmp_path / "bare"), str(tmp_path / "new"), *flags])
     with pytest.raises(DataError, match="tokenizer"):
         convert.main([str(tmp_path / "bare"), str(tmp_path / "new"), "--to", "gguf"])
+    with pytest.raises(UsageError, match="it is a folder"):
+        convert.main([str(tmp_path / "bare"), str(tmp_path / "new.gguf"), "--to", "gguf"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "half"]
 
 

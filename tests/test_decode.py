@@ -219,6 +219,7 @@ def test_generate_program(model, tmp_path, capsys):
     for bad, sentence in [
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--max-new-tokens", "0"], "max-new-tokens is 0"),
+        (["--top-k", "5"], "give --temperature"),
         (["--prompt", ""], "prompt 3 is ''"),
         (["--prompt", "\udcff"], "prompt 3 is not UTF-8"),
     ]:
