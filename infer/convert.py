@@ -105,7 +105,7 @@ def describe(dst: str, report: dict) -> str:
     ]
     if "tensors" in report:
         t, theirs, logits = report["tensors"], report["transformers"], report["logits"]
-        rounded = "" if report["bits"] == "exact" else f" rounded to {report['dtype']}"
+        rounded = "" if report["bits"] == "exact" else f", rounded to {report['dtype']}"
         lines.append(
             f"read back: {t['exact']} of {t['count']} tensors are exactly the source's{rounded}, "
             f"difference up to {t['largest_difference']:.3g}"
