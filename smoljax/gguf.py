@@ -20,6 +20,7 @@ from smoljax.errors import DataError, Error, require
 from smoljax.exchange import EMBED, Source
 from smoljax.gguf_header import NUMPY, Header, read_header, show
 from smoljax.gguf_tokenizer import add_tokenizer, read_files
+from smoljax.hf import some
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}  # what we write
 # A layer's tensors in the order in which llama.cpp's converter writes them: its name -> Hugging Face's.
@@ -211,10 +212,6 @@ def check_tensors(header: Header, config: Model) -> str:
             if not np.array_equal(norm.astype(dtype).astype(np.float32), norm):
                 return "float32"
     return dtype.name
-
-
-def some(found: list[str]) -> str:
-    return ", ".join(map(repr, found[:4])) + (f" and {len(found) - 4} more" if len(found) > 4 else "") or "none"
 
 
 def equal(header: Header, one: str, other: str) -> bool:

@@ -106,6 +106,8 @@ def check(folder: Path, where: dict[str, tensors.File], config: Model) -> str:
 
 
 def some(names: list[str]) -> str:
+    """The first of them, for one line: a hostile name may hold line ends."""
+    names = [name if name.isprintable() else repr(name) for name in names]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"
 
 

@@ -140,6 +140,7 @@ def raw(folder, header, data=b"\0" * 16, length=None):
         (b"\xff\xfe", {}),
         ([], {}),
         ({"model.norm.weight": entry(0, 0)}, {"data": b""}),
+        ({"a\nb": entry(0, 16)}, {}),  # a name that would break the sentence in two
     ],
 )
 def test_safetensors(folder, header, options):
