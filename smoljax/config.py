@@ -16,7 +16,7 @@ def check(self):
     """Every field has its declared type: a config written by hand is checked as one typed on the command line."""
     for f in dataclasses.fields(self):
         value = getattr(self, f.name)
-        if f.type is float and type(value) is int:
+        if f.type in (float, float | None) and type(value) is int:
             object.__setattr__(self, f.name, float(value))
         elif not isinstance(value, f.type) or (isinstance(value, bool) and f.type is not bool):
             raise UsageError(f"{type(self).__name__}.{f.name} is {getattr(f.type, '__name__', f.type)}, got {value!r}")
@@ -112,16 +112,92 @@ class Data:
     seq_len: int = 2048  # T
     batch_size: int = 512  # rows a step, over all devices and micro-batches
     mask_documents: bool = False  # False: plain causal attention over the window, as SmolLM was trained
+    max_epochs: float | None = None  # a source that would be read more often stops the run before it starts
     seed: int = 0
 
     def __post_init__(self):
         check(self)
-        for folder, weight in self.sources.items():
-            fine = type(weight) in (int, float) and math.isfinite(weight) and weight > 0
-            require(fine, f"data.sources gives {folder!r} the weight {weight!r}, expected a number above 0")
+        check_sources(self.sources, "data.sources")
         require(self.seq_len >= 1, f"data.seq_len is {self.seq_len}, expected at least 1")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}, expected at least 1")
+        limit = self.max_epochs
+        require(limit is None or limit > 0, f"data.max_epochs is {limit}, expected none or more than 0")
         require(0 <= self.seed < 2**32, f"data.seed is {self.seed}, expected 0 or more, below 2**32")
+
+
+def check_sources(sources: dict, where: str):
+    for folder, weight in sources.items():
+        fine = type(weight) in (int, float) and math.isfinite(weight) and weight > 0
+        require(fine, f"{where} gives {folder!r} the weight {weight!r}, expected a number above 0")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What changes at update `start`; what is None stays as it was. `Data` and `Model` say how a run begins."""
+
+    start: int  # the first update of the stage, counted from 0
+    sources: dict | None = None  # a source that an earlier stage read goes on where it stopped
+    seq_len: int | None = None  # beyond model.max_position_embeddings it raises that too
+    batch_size: int | None = None  # None: as many tokens a step as before
+    rope_theta: float | None = None
+    mask_documents: bool | None = None
+
+    def __post_init__(self):
+        check(self)
+        require(self.sources != {}, f"the stage at {self.start} has empty sources; leave them out to go on with those")
+        check_sources(self.sources or {}, f"the stage at {self.start}")
+        for name in ("start", "seq_len", "batch_size", "rope_theta"):
+            value = getattr(self, name)
+            require(value is None or (value > 0 and math.isfinite(value)), f"a stage's {name} is {value}, expected > 0")
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Shards that are measured while training; the order of the training data does not know of them."""
+
+    sets: dict = field(default_factory=dict)  # name -> folder of token shards
+    every: int | None = None  # steps; the end of the run is measured in any case
+    max_tokens: int = 1_000_000  # of each set, from its beginning
+
+    def __post_init__(self):
+        check(self)
+        for name, folder in self.sets.items():
+            fine = isinstance(folder, str) and isinstance(name, str) and name and "/" not in name
+            require(
+                bool(fine),
+                f'heldout.sets has {name!r}: {folder!r}, expected names and folders: {{"web": "shards/web-heldout"}}',
+            )
+        for name in ("every", "max_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"heldout.{name} is {value}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a run does when something goes wrong."""
+
+    max_skips: int = 3  # updates in a row that were skipped, for a loss or gradient not finite or a spike: it stops
+    spike_window: int = 0  # steps that a loss or gradient norm is compared with; 0 takes none for a spike
+    spike_sigma: float = 6.0  # standard deviations above their mean: the update is skipped
+    grace_s: float = 60.0  # from SIGTERM to the exit, saved or not
+    watchdog: float = 20.0  # no step for so many medians of a step's time, and for
+    watchdog_s: float = 300.0  # so many seconds: stacks of all threads, exit
+    heartbeat_s: int = 100  # of several processes: one that is silent for so long is taken for dead
+    check_every: int | None = None  # steps; then loss and gradient are computed twice, and replicas compared
+    failed_saves: int = 2  # checkpoints in a row that could not be written: the run stops
+    max_rss_gb: float | None = None  # of host memory: the run saves and exits before the machine kills it
+
+    def __post_init__(self):
+        check(self)
+        require(self.spike_window >= 0, f"guard.spike_window is {self.spike_window}, expected 0 or more")
+        require(self.spike_window != 1, "guard.spike_window is 1, expected 0 or at least 2: one step has no deviation")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            fine = f.name == "spike_window" or value is None or (value > 0 and math.isfinite(value))
+            require(fine, f"guard.{f.name} is {value}, expected more than 0")
+
+
+SINKS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -185,6 +261,10 @@ class Train:
     optim: Optim = Optim()
     compute: Compute = Compute()
     mesh: Mesh = Mesh()
+    stages: tuple = ()  # of Stage, by their start: what changes on the way
+    heldout: Heldout = Heldout()
+    guard: Guard = Guard()
+    sinks: tuple = ()  # where metrics go beside metrics.jsonl: tensorboard, wandb, trackio
     accumulate: int = 1  # micro-batches a step; their gradients are summed in f32
     init_std: float = 0.02  # of a fresh model's weights; o and down get init_std / sqrt(2 * layers)
     seed: int = 0  # of the fresh weights
@@ -196,6 +276,8 @@ class Train:
     keep_every: int | None = None  # and every K-th step for good
 
     def __post_init__(self):
+        for name in ("stages", "sinks"):  # as JSON has them
+            object.__setattr__(self, name, tuple(v) if isinstance(v := getattr(self, name), list) else v)
         check(self)
         for name in ("steps", "accumulate", "log_every", "save_every", "keep", "init_std", "keep_every"):
             value = getattr(self, name)
@@ -207,7 +289,58 @@ class Train:
             ramps <= self.steps,
             f"optim.warmup_steps + optim.decay_steps = {ramps} do not fit into steps = {self.steps}; set all three",
         )
-        b, a = self.data.batch_size, self.accumulate
-        require(b % a == 0, f"data.batch_size is {b}, which accumulate = {a} does not divide")
+        unknown = [sink for sink in self.sinks if sink not in SINKS]
+        require(not unknown, f"sinks has {', '.join(map(str, unknown))}; expected some of {', '.join(SINKS)}")
         t, s = self.data.seq_len, self.model.max_position_embeddings
         require(t <= s, f"data.seq_len is {t}, beyond model.max_position_embeddings = {s}; raise the latter")
+        self._check_stages()
+
+    def _check_stages(self):
+        stages = tuple(Stage(**s) if isinstance(s, dict) else s for s in self.stages)  # as JSON has them
+        object.__setattr__(self, "stages", stages)
+        wrong = [s for s in stages if not isinstance(s, Stage)]
+        require(not wrong, f"stages holds {wrong[:1]}, expected Stage(start=..., ...)")
+        starts = [s.start for s in stages]
+        require(starts == sorted(set(starts)), f"stages start at {starts}, expected each after the one before")
+        require(
+            not starts or starts[-1] < self.steps,
+            f"a stage starts at {starts[-1:]}, which steps = {self.steps} does not reach; leave it out, or stages=[]",
+        )
+        a = self.accumulate
+        for start in (0, *starts):
+            b, t = (data := self.at(start).data).batch_size, data.seq_len
+            where = f" of the stage at {start}" if start else ""
+            require(b % a == 0, f"data.batch_size{where} is {b}, which accumulate = {a} does not divide")
+            require(
+                self.chunk % t == 0,
+                f"data.seq_len{where} is {t}, which does not divide the run's longest, {self.chunk}; "
+                "sources are read in chunks of the longest",
+            )
+
+    @property
+    def chunk(self) -> int:
+        """C, the run's longest row: a source's tokens are shuffled in chunks of C, which every stage's T divides."""
+        return max([self.data.seq_len, *(s.seq_len or 0 for s in self.stages)])
+
+    def at(self, n: int) -> "Train":
+        """The run as update n = 0, 1, ... sees it: one stage's data and model, and no stages."""
+        data, model = self.data, self.model
+        for stage in self.stages:
+            if stage.start > n:
+                break
+            said = {name: getattr(stage, name) for name in ("sources", "seq_len", "batch_size", "mask_documents")}
+            said = {name: value for name, value in said.items() if value is not None}
+            if "seq_len" in said and "batch_size" not in said:
+                tokens = data.batch_size * data.seq_len
+                fits = tokens % stage.seq_len == 0
+                require(
+                    fits,
+                    f"the stage at {stage.start}: rows of {stage.seq_len} do not make up {tokens} tokens; "
+                    "set its batch_size",
+                )
+                said["batch_size"] = tokens // stage.seq_len
+            data = dataclasses.replace(data, **said)
+            longest = max(model.max_position_embeddings, data.seq_len)
+            theta = stage.rope_theta or model.rope_theta
+            model = dataclasses.replace(model, rope_theta=theta, max_position_embeddings=longest)
+        return self if not self.stages else dataclasses.replace(self, data=data, model=model, stages=())

@@ -100,6 +100,8 @@ def parse(text: str, kind, where: str):
             return {"true": True, "false": False}[text.lower()]
         if kind is dict:  # {"shards/web": 0.7, "shards/code": 0.3}, or one folder
             return json.loads(text) if text.startswith("{") else {text: 1.0}
+        if kind is tuple:  # [{"start": 1000, "seq_len": 8192}], or a,b
+            return tuple(json.loads(text)) if text.startswith("[") else tuple(text.split(","))
         return kind(text)
     except (ValueError, KeyError):
         expected = {
@@ -107,6 +109,7 @@ def parse(text: str, kind, where: str):
             float: "a number, like 3e-4",
             bool: "true or false",
             dict: 'a folder, or JSON like {"shards/web": 0.7, "shards/code": 0.3}',
+            tuple: 'names like a,b, or JSON like [{"start": 1000, "seq_len": 8192}]',
         }
         raise UsageError(f"{where} is {kind.__name__}, got {text!r}; expected {expected[kind]}") from None
 
