@@ -1,7 +1,8 @@
-"""SmolLM2-1.7B's context from 2,048 to 8,192 tokens, after smollm2_1_7b.py: another theta and longer rows.
+"""SmolLM2-1.7B's context from 2,048 to 8,192 tokens, from another run's checkpoint: another theta and longer rows.
 
     smoljax pretrain smollm2-1-7b-8k
 
+The same inside one run, with its optimizer's moments and its place in the data, is the last stage of smollm2_1_7b.py.
 Published (the SmolLM2 paper, 4.6): theta from 10,000 to 130,000, the length, the mixture, and the start from a
 checkpoint before the final 75B tokens of training, so about 75B tokens at 8,192 (implied, not stated). Learning rate
 and batch are not stated: ours go on where the decay stood.
@@ -16,9 +17,16 @@ config = Train(
     init_from="runs/smollm2_1_7b/checkpoints/5204000",  # 36,000 steps x 2,097,152 tokens = 75.5B before the end
     steps=36_000,  # those 75.5B tokens; implied
     data=Data(
-        sources={  # "-8k" are the documents of 8,192 tokens or more
-            "shards/smollm2-stage-4": 0.60,  # 58% web, 24% Stack-Edu, 14% mathematics, 4% Cosmopedia-v2
-            "shards/dolma-books-8k": 0.20,
+        sources={  # 60% as in stage 4 of smollm2_1_7b.py, where its guesses are marked
+            "shards/fineweb-edu": 0.6 * 0.232,
+            "shards/dclm": 0.6 * 0.348,
+            "shards/stack-edu": 0.6 * 0.24,
+            "shards/infi-webmath-3plus": 0.6 * 0.093,
+            "shards/finemath-4plus": 0.6 * 0.046,
+            "shards/open-web-math": 0.6 * 0.0008,
+            "shards/auggsm8k": 0.6 * 0.0002,
+            "shards/cosmopedia-v2": 0.6 * 0.04,
+            "shards/dolma-books-8k": 0.20,  # and 40% documents of 8,192 tokens or more
             "shards/dclm-8k": 0.10,
             "shards/fineweb-edu-8k": 0.10,
         },

@@ -5,13 +5,14 @@
 Published (nanotron configuration): every number below but the ones marked as ours. It took 128 H100 about 20,000
 GPU-hours. The released base model, context extended, has zero-shot: HellaSwag 54.5, ARC 53.0, PIQA 71.7, MMLU cloze
 35.8, WinoGrande 52.5, OpenBookQA 37.4, TriviaQA 16.9. A loss curve was not published.
-The corpus is not released and the weights of its mixture are not published; the paper names its parts: DCLM filtered by
-the FineWeb-Edu classifier, Stack-Edu, InfiMM-WebMath, FineMath, Cosmopedia. Set data.sources to what you have.
+It had one stage. The corpus is not released and the weights of its mixture are not published; the paper names its
+parts: DCLM filtered by the FineWeb-Edu classifier, Stack-Edu, InfiMM-WebMath, FineMath, Cosmopedia. Set data.sources to
+what you have; any weights are your guess.
 """
 
 from dataclasses import replace
 
-from smoljax.config import SIZES, Compute, Data, Optim, Train
+from smoljax.config import SIZES, Compute, Data, Heldout, Optim, Train
 
 config = Train(
     model=replace(SIZES["smollm2-360m"], rope_theta=10_000.0, max_position_embeddings=2048),
@@ -36,6 +37,7 @@ config = Train(
         weight_decay_on="all",  # nanotron's list of exceptions was empty: norms and the embedding decay too
         clip=1.0,
     ),
+    heldout=Heldout(every=1000),  # val_check_interval; name the sets in heldout.sets: theirs are not published
     init_std=0.03227,  # about 1/sqrt(960)
     seed=8,
     save_every=2000,

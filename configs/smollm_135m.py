@@ -5,6 +5,7 @@
 Published (nanotron configuration and model card): every number below but the ones marked as ours. The base model then
 has, zero-shot: HellaSwag 41.2, ARC 42.4, PIQA 68.4, MMLU cloze 30.2, WinoGrande 51.3, OpenBookQA 34.0, TriviaQA 4.3.
 Hardware: the card says 64 H100, the configuration 32 replicas. A loss curve was not published.
+One stage, and its mixture is published.
 FineWeb-Edu-dedup, Cosmopedia-v2 and Python-Edu are SmolLM-Corpus; `smoljax prepare` makes each folder of shards.
 """
 

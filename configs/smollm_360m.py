@@ -5,6 +5,7 @@
 Published (nanotron configuration and model card): every number below but the ones marked as ours. The base model then
 has, zero-shot: HellaSwag 51.8, ARC 50.1, PIQA 71.6, MMLU cloze 34.4, WinoGrande 52.8, OpenBookQA 37.2, TriviaQA 9.1.
 Hardware: the card says 64 H100, the configuration 32 replicas. A loss curve was not published.
+One stage, and its mixture is published.
 """
 
 from dataclasses import replace

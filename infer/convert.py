@@ -43,7 +43,7 @@ def main(argv=None) -> int:
     require(split is None or (args.to == "hf" and split > 0), "--max-file-size is for --to hf, and more than 0")
     require(not args.private or args.push, "--private is for --push")
     require(not args.dst.endswith(".gguf"), f"DST is {args.dst}, but it is a folder, in which the .gguf gets its name")
-    from smoljax import atomic, hub, runtime, verify, weights
+    from smoljax import atomic, hub, runtime, sums, verify, weights
 
     if args.push:
         hub.check_push(args.push)
@@ -66,8 +66,7 @@ def main(argv=None) -> int:
                 report |= verify.compare(source, part, dtype)
         if args.verify:
             atomic.write_json(part / "conversion.json", report)
-            sums = "".join(f"{sha}  {name}\n" for name, sha in verify.sums(part).items())
-            atomic.write(part / "SHA256SUMS", sums)
+            sums.write(part)
     if "tokenizer.json" not in source.files:
         print(f"smoljax: note: {args.src} has no tokenizer.json, so {args.dst} has none", file=sys.stderr)
     print(json.dumps(report) if args.json else describe(args.dst, report))

@@ -11,7 +11,10 @@ from smoljax.settings import meant
 VERBS = {
     "prepare": ("train", "text -> token shards, with the model's tokenizer or a new one"),
     "pretrain": ("train", "train a model from a config; the same command resumes"),
+    "plan": ("train", "what a run needs: memory, hours, disk, tokens; before it is paid for"),
     "evaluate": ("train", "loss, perplexity, bits per byte, loss by position"),
+    "report": ("train", "runs against each other: one picture, one page, one table"),
+    "replay": ("train", "repeat a step whose update was skipped, to the same value"),
     "demo": ("train", "all of it in five minutes, on the text of Python's own library"),
     "generate": ("infer", "continue prompts"),
     "fetch": ("infer", "real weights into the cache"),
@@ -21,7 +24,8 @@ VERBS = {
 HELP = f"""usage: smoljax VERB ...    (smoljax VERB --help says more)
 
 {"".join(f"  {verb:10s} {what}" + chr(10) for verb, (_, what) in VERBS.items())}
-exit codes: 0 fine, 1 the run failed, 2 usage or config, 3 bad data or weights, 4 checkpoint trouble"""
+exit codes: 0 fine, 1 the run failed, 2 usage or config, 3 bad data or weights, 4 checkpoint trouble,
+            75 stopped and resumable: the same command goes on, 130 interrupted"""
 
 
 def dispatch(argv: list[str]) -> int:

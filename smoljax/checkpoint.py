@@ -4,13 +4,17 @@
     RUN/tokenizer.json        the shards' tokenizer
     RUN/checkpoints/STEP/     model/ and opt/, restorable alone, on any mesh; metadata: config, hashes, versions
 
-A step is written into a temporary folder and renamed when complete, so a killed save is never seen. Arrays are stored
-by name ("layers.q", "opt.1.0.mu.layers.q"), so the files know no class of ours, of Flax or of Optax.
+A step is written into a temporary folder and renamed when complete, so a killed save is never seen; then SHA256SUMS is
+written into it, which every restore compares. Arrays are stored by name ("layers.q", "opt.1.mu.layers.q"), so the files
+know no class of ours, of Flax or of Optax.
 """
 
 import contextlib
 import dataclasses
 import logging
+import os
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from smoljax import atomic, companions, exchange, settings
+from smoljax import atomic, companions, exchange, processes, settings, sums
 from smoljax.config import Model
 from smoljax.errors import CheckpointError
 from smoljax.model import SmolLM, abstract
@@ -30,9 +34,12 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each stage of
 
 
 class Checkpoints:
-    """The checkpoints of a run, for the one process group that trains it. Close it: a save may be in flight."""
+    """The checkpoints of a run, for the one process group that trains it. Close it: a save may be in flight.
 
-    def __init__(self, run: Path, keep: int = 1, keep_every: int | None = None):
+    `failures` saves in a row that went wrong are an error; one before that is said, and the next one tried.
+    """
+
+    def __init__(self, run: Path, keep: int = 1, keep_every: int | None = None, failures: int = 1):
         policies = ocp.training.preservation_policies
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.folder = Path(run).resolve() / "checkpoints"
@@ -41,15 +48,19 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(preserve),
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
-        self.pending = None
+        self.background = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: tuple[int, Future] | None = None
+        self.failures, self.failed = failures, 0
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         try:
-            self.wait()
+            if kind is None:
+                self.finish()
         finally:
+            self.background.shutdown()
             self.orbax.close()
 
     @property
@@ -60,37 +71,100 @@ class Checkpoints:
         return describe(self.orbax, step).custom_metadata
 
     def save(self, step: int, metadata: dict, **trees):
-        """Copy the trees to the host and write them in the background; a failed earlier save is raised here."""
+        """Copy the trees to the host and write them in the background; `check` and `wait` raise what goes wrong."""
         self.wait()
         versions = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
-        self.pending = self.orbax.save_checkpointables_async(
-            step,
-            {name: by_name(tree) for name, tree in trees.items()},
-            force=True,
-            custom_metadata=metadata | {"versions": versions},
-        )
+        try:
+            response = self.orbax.save_checkpointables_async(
+                step,
+                {name: by_name(tree) for name, tree in trees.items()},
+                force=True,
+                custom_metadata=metadata | {"versions": versions},
+            )
+        except Exception as e:
+            self.fail(step, e)
+            return
+        self.pending = step, self.background.submit(self.seal, step, response)
+
+    def seal(self, step: int, response):
+        response.result()
+        if processes.first():
+            sums.write(self.folder / str(step))
 
     def check(self):
-        """Raise what went wrong in a background save as soon as it is known."""
-        if self.pending is not None and not self.orbax.is_saving_in_progress():
+        """Notice what went wrong in a background save as soon as it is known."""
+        if self.pending is not None and self.pending[1].done():
             self.wait()
 
     def wait(self):
-        """Until the save in flight is on disk."""
-        pending, self.pending = self.pending, None
+        """Until the save in flight is on disk, or has failed."""
+        if self.pending is None:
+            return
+        (step, pending), self.pending = self.pending, None
         try:
-            if pending is not None:
-                pending.result()
+            pending.result()
+            self.failed = 0
         except Exception as e:
-            raise CheckpointError(f"a checkpoint could not be written into {self.folder}: {e}") from e
+            self.fail(step, e)
+
+    def finish(self):
+        """Until the save in flight is on disk; a CheckpointError where the last one failed."""
+        self.failures = 1
+        self.wait()
+
+    def fail(self, step: int, e: Exception):
+        kept = [s for s in steps(self.folder.parent) if s < step]
+        stands = f"checkpoint {kept[-1]} stands" if kept else "there is none before it"
+        sentence = f"checkpoint {step} could not be written into {self.folder}: {root_cause(e)}; {stands}"
+        self.failed += 1
+        if self.failed >= self.failures:
+            raise CheckpointError(sentence) from e
+        print(f"smoljax: {sentence}; training goes on to the next save", file=sys.stderr)
 
     def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
-        """The state after `step` updates, placed as `shardings` say, whatever mesh wrote it."""
-        trees = {"model": abstract.model, "opt": abstract.opt_state}
-        places = {"model": shardings.model, "opt": shardings.opt_state}
-        trees = read(self.orbax, step, jax.tree.map(place, trees, places))
-        count = jax.device_put(jnp.asarray(step, jnp.int32), shardings.step)
-        return TrainState(count, trees["model"], trees["opt"])
+        """The state after `step` updates, placed as `shardings` say, whatever mesh and processes wrote it."""
+        return read_state(self.orbax, step, abstract, shardings)
+
+
+def parts(state: TrainState) -> dict:
+    """What a checkpoint of a run holds, by the folder that it lies in."""
+    return {"model": state.model, "opt": state.opt_state, "guard": state.guard}
+
+
+def read_state(orbax, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
+    trees = read(orbax, step, jax.tree.map(place, parts(abstract), parts(shardings)))
+    count = jax.device_put(jnp.asarray(step, jnp.int32), shardings.step)
+    return TrainState(count, trees["model"], trees["opt"], trees["guard"])
+
+
+def load_state(run: Path, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
+    """A run's state after `step` updates, without touching the run."""
+    with ocp.training.Checkpointer(run.resolve() / "checkpoints") as orbax:
+        return read_state(orbax, step, abstract, shardings)
+
+
+def newest_sound(run: Path) -> int | None:
+    """The newest checkpoint whose files are as SHA256SUMS says; damaged ones are named and moved to RUN/damaged."""
+    found = steps(run)
+    for step in reversed(found):
+        folder = run / "checkpoints" / str(step)
+        damaged = sums.damage(folder)
+        if damaged is None:
+            if not (folder / sums.NAME).exists():  # killed between the commit and the hashes
+                print(f"smoljax: checkpoint {step} has no {sums.NAME}: it is read unverified", file=sys.stderr)
+            return step
+        aside = run / "damaged" / str(step)
+        while aside.exists():
+            aside = aside.with_name(aside.name + "-again")
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(folder, aside)
+        print(f"smoljax: checkpoint {step} is damaged: {damaged}; it was moved to {aside}", file=sys.stderr)
+    if found:
+        raise CheckpointError(
+            f"all {len(found)} checkpoints of {run} are damaged, see {run / 'damaged'}; restore one of them "
+            "from a copy into checkpoints/STEP, or name a new folder with run=DIR"
+        )
+    return None
 
 
 def describe(orbax, step: int):
@@ -99,7 +173,7 @@ def describe(orbax, step: int):
         found = orbax.checkpointables_metadata(step)
     except Exception as e:
         raise unreadable(orbax.directory / str(step), e) from e
-    if not found.custom_metadata or not (found.metadata or {}).get("model"):
+    if "model" not in (found.custom_metadata or {}) or not (found.metadata or {}).get("model"):
         raise CheckpointError(f"checkpoint {orbax.directory / str(step)} is damaged or was not written by smoljax")
     return found
 
@@ -175,6 +249,12 @@ def newest(run: Path, asked: int | None) -> int:
     return found[-1] if asked is None else asked
 
 
+def check_sums(run: Path, step: int):
+    """The weights of a checkpoint are as SHA256SUMS says, where it has one."""
+    if damaged := sums.damage(run / "checkpoints" / str(step), "model/"):
+        raise CheckpointError(f"{damaged}; name another checkpoint, {run}/checkpoints/STEP, or restore it from a copy")
+
+
 def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int]:
     """The weights of a run (its newest checkpoint) or of one checkpoint, without the optimizer's state.
 
@@ -193,9 +273,10 @@ def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int
 
 
 def read_model(run: Path, step: int, dtype: str | None) -> tuple[SmolLM, Model]:
+    check_sums(run, step)
     with ocp.training.Checkpointer(run / "checkpoints") as orbax:
         saved = describe(orbax, step)
-        config = settings.from_dict(Model, saved.custom_metadata["config"]["model"])
+        config = settings.from_dict(Model, saved.custom_metadata["model"])
         dtype = dtype or saved.metadata["model"]["embed"].dtype
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         model = jax.tree.map(lambda a: place(a, device, dtype), abstract(config))
@@ -207,9 +288,10 @@ def open_source(path: Path):
     """A Source of a run (its newest checkpoint) or of one checkpoint, that reads one array at a time; a context."""
     run, asked = locate(path)
     step = newest(run, asked)
+    check_sums(run, step)
     with ocp.training.Checkpointer(run / "checkpoints") as orbax:
         saved = describe(orbax, step)
-        config = settings.from_dict(Model, saved.custom_metadata["config"]["model"])
+        config = settings.from_dict(Model, saved.custom_metadata["model"])
         stored, device = saved.metadata["model"], jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
         def array(name: str) -> np.ndarray:
@@ -226,8 +308,8 @@ def open_source(path: Path):
 
 def save_model(folder: Path, model: SmolLM, config: Model):
     """A folder that load_model and `init_from` read, with one checkpoint 0."""
-    metadata = {"config": {"model": dataclasses.asdict(config)}}
+    metadata = {"model": dataclasses.asdict(config)}
     with atomic.fresh(folder) as part:
         with Checkpoints(part) as checkpoints:
             checkpoints.save(0, metadata, model=model)
-        atomic.write_json(part / "config.json", metadata["config"])
+        atomic.write_json(part / "config.json", metadata)

@@ -18,7 +18,7 @@ def check(self):
         value = getattr(self, f.name)
         if f.type in (float, float | None) and type(value) is int:
             object.__setattr__(self, f.name, float(value))
-        elif not isinstance(value, f.type) or (isinstance(value, bool) and f.type is not bool):
+        elif not isinstance(value, f.type) or (isinstance(value, bool) and f.type not in (bool, bool | None)):
             raise UsageError(f"{type(self).__name__}.{f.name} is {getattr(f.type, '__name__', f.type)}, got {value!r}")
 
 

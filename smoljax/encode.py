@@ -2,7 +2,7 @@
 
 Our reader, then datatrove's DocumentTokenizer, which encodes, appends <|endoftext|> and shuffles the documents of each
 shard. The reader is ours because datatrove 0.10.1 drops malformed lines with a log line only. train/prepare.py decides
-what is to be done and when; shards.py reads the result.
+what is to be done and when; executors.py runs the same tasks on a cluster; shards.py reads the result.
 """
 
 import json
@@ -16,13 +16,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from smoljax import atomic
 from smoljax import tokenizer as tok
-from smoljax.errors import DataError
+from smoljax.errors import DataError, Error
 from smoljax.shards import FORMAT, VERSION, sha256
 from smoljax.text import Source, accepted, check_refused
 
@@ -31,17 +32,42 @@ TASK = 64 << 20  # input bytes of one shard
 
 @dataclass
 class Reader:
-    """datatrove's first step: the documents of one task; what it refused and counted goes into the task's ledger."""
+    """datatrove's first step: the documents of one task; what it refused and counted goes into the task's ledger.
+
+    All that a task needs to know travels in here, to another process or another machine. `progress`, bytes and
+    documents for the bar, is there for local processes alone (two machines may not map one file); `failed`, where a
+    task leaves the sentence that ended it, is there on a cluster alone.
+    """
 
     work: Path
     tasks: list[list[Source]]
     text_key: str
     max_bad: int
+    versions: dict[str, str]
 
     def __call__(self, data, rank: int, world_size: int):
+        failed = self.work / "failed"
+        if not failed.is_dir():
+            yield from self.documents(rank)
+            return
+        parent = os.getppid()
+        last_while(lambda: os.getppid() == parent)
+        if any(failed.iterdir()):
+            raise Error("another task has failed, and so the whole: this one is not begun")
+        try:
+            there = {name: version(name) for name in self.versions}
+            if there != self.versions:  # which could mean other shards
+                raise Error(f"the cluster has {there}, here are {self.versions}: install the same on both")
+            yield from self.documents(rank)
+        except Error as e:
+            atomic.write_json(failed / f"{rank:05d}.json", [e.code, str(e)])
+            raise
+
+    def documents(self, rank: int):
         from datatrove.data import Document
 
-        counts = np.memmap(self.work / "progress", np.int64, "r+", shape=(world_size, 2))
+        live, shape = (self.work / "progress").exists(), (len(self.tasks), 2)
+        counts = np.memmap(self.work / "progress", np.int64, "r+", shape=shape) if live else np.zeros(shape, np.int64)
         text_bytes, refused, sources = 0, [], []
         read = 0  # bytes on disk of the files behind us
         for source in self.tasks[rank]:
@@ -60,34 +86,36 @@ class Reader:
         atomic.write_json(self.work / "ledger" / f"{rank:05d}.json", ledger | {"refused": refused, "sources": sources})
 
 
+def last_while(needed):
+    """End this process when `needed()` is false, looking every 50 ms. An orphan would go on writing into the files of
+    the next run."""
+
+    def watch():
+        while needed():
+            time.sleep(0.05)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def start_worker(log: Path, threads: int, stop):
     """Set up a worker process: quiet, and gone when its parent is (even killed) or calls to stop.
 
-    An orphan would go on writing into the files of the next run. The call cannot be a signal: Python does not hear
-    one while `tokenizers` encodes. datatrove forks a helper in each worker, which goes with it in the same way.
+    The call cannot be a signal: Python does not hear one while `tokenizers` encodes. datatrove forks a helper in each
+    worker, which goes with it in the same way.
     """
     os.environ |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
     sys.stderr = open(log, "a")  # datatrove's loguru writes to stderr: into the log folder with it
     from datatrove.utils.logging import setup_default_logger
 
     setup_default_logger()
-
-    def last_while(needed):
-        def watch():
-            while needed():
-                time.sleep(0.05)
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-
     parent, worker = multiprocessing.parent_process(), os.getpid()
     last_while(lambda: parent.is_alive() and not stop.is_set())
     os.register_at_fork(after_in_child=lambda: last_while(lambda: os.getppid() == worker))
 
 
-def run_task(reader: Reader, rank: int, seed: int):
-    """One task of the pipeline, in a worker. Give the same steps to SlurmPipelineExecutor for a larger corpus."""
-    from datatrove.executor import LocalPipelineExecutor
+def steps(reader: Reader, seed: int) -> list:
+    """The pipeline, new for each task: DocumentTokenizer's shuffle goes on where its last one ended."""
     from datatrove.pipeline.tokens import DocumentTokenizer
 
     tokenizer = DocumentTokenizer(
@@ -98,8 +126,15 @@ def run_task(reader: Reader, rank: int, seed: int):
         batch_size=16,  # all in memory with their encodings: 16 books of 1 MB are 2.5 GB
         seed=seed,
     )
+    return [reader, tokenizer]
+
+
+def run_task(reader: Reader, rank: int, seed: int):
+    """One task of the pipeline, in a worker."""
+    from datatrove.executor import LocalPipelineExecutor
+
     LocalPipelineExecutor(
-        [reader, tokenizer], tasks=len(reader.tasks), local_tasks=1, local_rank_offset=rank, workers=1,
+        steps(reader, seed), tasks=len(reader.tasks), local_tasks=1, local_rank_offset=rank, workers=1,
         logging_dir=str(reader.work / "logs"),
     ).run()  # fmt: skip
 
@@ -138,14 +173,21 @@ def is_done(reader: Reader, out: Path, rank: int) -> bool:
     return False
 
 
-def run_pipeline(reader: Reader, out: Path, workers: int, seed: int) -> None:
-    """Run the tasks that are not done in `workers` processes, with a progress bar."""
+def begin(reader: Reader, out: Path) -> list[int]:
+    """The tasks that are not done, in a work folder that is ready for them."""
     todo = [rank for rank in range(len(reader.tasks)) if not is_done(reader, out, rank)]
     for folder in "parts", "ledger", "logs":
         (reader.work / folder).mkdir(exist_ok=True)
-    counts = np.memmap(reader.work / "progress", np.int64, "w+", shape=(len(reader.tasks), 2))
-    if not todo:
+    shutil.rmtree(reader.work / "failed", ignore_errors=True)
+    (reader.work / "progress").unlink(missing_ok=True)
+    return todo
+
+
+def run_pipeline(reader: Reader, out: Path, workers: int, seed: int) -> None:
+    """Run the tasks that are not done in `workers` processes, with a progress bar."""
+    if not (todo := begin(reader, out)):
         return
+    counts = np.memmap(reader.work / "progress", np.int64, "w+", shape=(len(reader.tasks), 2))
     context = multiprocessing.get_context("forkserver")  # not fork: the caller may hold threads
     context.set_forkserver_preload(["datatrove.executor", "datatrove.pipeline.tokens", "pyarrow.parquet"])
     workers = min(workers, len(todo))
@@ -266,4 +308,4 @@ def publish(reader: Reader, out: Path, manifest: dict) -> None:
         if folder.is_dir() and folder.name != reader.work.name:  # out may be relative, work is not
             shutil.rmtree(folder)
     shutil.rmtree(reader.work / "parts")
-    (reader.work / "progress").unlink()
+    (reader.work / "progress").unlink(missing_ok=True)

@@ -2,38 +2,16 @@
 
 import contextlib
 import json
+import math
 import resource
 import sys
 import time
 from pathlib import Path
 
-from smoljax import atomic
-from smoljax.config import Model, Train
+from smoljax import atomic, processes
+from smoljax.budget import PEAK_TFLOPS, flops_per_token
+from smoljax.config import Train
 from smoljax.errors import CheckpointError
-
-# Dense bf16 peak, TFLOP/s per device, by the words in jax.Device.device_kind (vendors' data sheets).
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5p": 459,
-    "TPU v5": 459,
-    "TPU v6": 918,
-}
-
-
-def flops_per_token(model: Model, seq_len: int) -> float:
-    """Forward and backward matrix FLOPs of one token: 6 per weight, and causal attention (half of T keys on average).
-
-    The embedding counts once, as the head's product; recomputation does not count (model FLOPs, as in PaLM's MFU).
-    """
-    attention = 6 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * seq_len
-    return 6 * model.parameters + attention
 
 
 def peak_flops(devices) -> float | None:
@@ -43,57 +21,73 @@ def peak_flops(devices) -> float | None:
     return known[0] * 1e12 * len(devices) if known else None
 
 
-class Meter:
-    """Turns a step's numbers into a record: tokens, speed since the last record, MFU, waiting for data, compilation."""
+# Where a run's seconds go; each record has the sums since the run began, over all its resumptions, so goodput is
+# productive / (all of them). Lost is what a kill took: the time of the steps after the last checkpoint.
+SPENT = ("productive", "compile", "checkpoint", "restore", "data_wait", "eval", "lost")
 
-    def __init__(self, config: Train, devices, start: int):
+
+class Meter:
+    """Turns a step's numbers into a record: tokens, speed since the last record, MFU, and where the time went."""
+
+    def __init__(self, config: Train, devices, start: int, spent: dict | None = None, begun: float | None = None):
+        self.devices, self.peak, self.step = len(devices), peak_flops(devices), start
+        here = [device for device in devices if device.process_index == processes.index()]
+        self.device = here[0]  # others do not tell us of their memory
+        self.before = spent or dict.fromkeys(SPENT, 0.0)
+        self.own = dict.fromkeys(SPENT, 0.0)
+        self.begun = time.perf_counter() if begun is None else begun
+        self.last = dict(self.own)
+        self.enter(config)
+
+    def enter(self, config: Train):
+        """A stage begins: its rows and its length count from here on."""
         self.tokens_per_step = config.data.batch_size * config.data.seq_len
         self.flops = flops_per_token(config.model, config.data.seq_len)
-        self.peak, self.devices = peak_flops(devices), len(devices)
-        self.device = devices[0]
-        self.step, self.since, self.wait, self.compile, self.save = start, None, 0.0, None, None
 
     @contextlib.contextmanager
-    def waiting(self):
-        """Around the wait for a batch."""
+    def timing(self, what: str):
+        """Around what is not a step: compile, checkpoint, restore, data_wait or eval."""
         begun = time.perf_counter()
-        yield
-        self.wait += time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            self.own[what] += time.perf_counter() - begun
 
-    @contextlib.contextmanager
-    def dispatching(self):
-        """Around the call of the step: the first one compiles, which is all that takes time in it."""
-        begun = time.perf_counter()
-        yield
-        if self.since is None:
-            self.since = time.perf_counter()
-            self.compile, self.wait = self.since - begun, 0.0
+    def starts(self):
+        """The first step is next: what was not timed until here, checking and opening, belongs to the restore."""
+        self.spent()
+        self.own["restore"] += self.own["productive"]
+        self.spent()
+        self.last = dict(self.own)
 
-    @contextlib.contextmanager
-    def saving(self):
-        """Around a save: the time that it blocks is its own, not the next step's."""
-        begun = time.perf_counter()
-        yield
-        self.save = time.perf_counter() - begun
-        self.since += self.save
+    def spent(self) -> dict:
+        elapsed = time.perf_counter() - self.begun
+        self.own["productive"] = elapsed - sum(v for k, v in self.own.items() if k != "productive")
+        return {k: self.before[k] + v for k, v in self.own.items()}
 
-    def tokens(self, n: int) -> int:
-        return n * self.tokens_per_step
-
-    def record(self, n: int, values: dict) -> dict:
-        """values: the step's loss, lr, grad_norm and labels, read from the device just now."""
-        now = time.perf_counter()
-        seconds = (now - self.since) / (n - self.step)
+    def record(self, n: int, values: dict, tokens: int) -> dict:
+        """values: the step's loss, lr, grad_norm, labels, skipped_steps, read just now; tokens: of all n batches."""
+        spent, steps = self.spent(), n - self.step
+        used = {k: self.own[k] - self.last[k] for k in ("productive", "data_wait")}
+        seconds = sum(used.values()) / steps
         speed = self.tokens_per_step / seconds
         out = {"step": n} | {f"train/{key}": values[key] for key in ("loss", "lr", "grad_norm")}
-        out |= {"train/tokens": self.tokens(n), "train/labels": int(values["labels"])}
+        out |= {"train/tokens": tokens, "train/labels": int(values["labels"])}
+        out |= {"train/skipped_steps": int(values["skipped_steps"])}
         out |= {"train/tokens_per_sec": speed, "train/tokens_per_sec_per_device": speed / self.devices}
         out |= {"train/mfu": speed * self.flops / self.peak} if self.peak else {}
-        out |= {"train/step_time_s": seconds, "train/data_wait_s": self.wait / (n - self.step)}
-        out |= {"goodput/compile_s": self.compile} if self.compile else {}
-        out |= {"goodput/checkpoint_s": self.save} if self.save else {}
-        self.step, self.since, self.wait, self.compile, self.save = n, now, 0.0, None, None
+        out |= {"train/step_time_s": seconds, "train/data_wait_s": used["data_wait"] / steps}
+        self.step, self.last = n, dict(self.own)
+        out |= {f"goodput/{k}_s": v for k, v in spent.items()}
         return out | {"host/rss_gb": host_rss_gb()} | device_peak_gb(self.device)
+
+
+def spent_before(run: Path, step: int) -> dict:
+    """The seconds of a run so far, as a process that goes on from checkpoint `step` finds them: later work is lost."""
+    records = read(run)
+    kept = [r for r in records if r["step"] <= step]
+    sums = [{k: r[-1].get(f"goodput/{k}_s", 0.0) if r else 0.0 for k in SPENT} for r in (records, kept)]
+    return sums[1] | {"lost": sums[1]["lost"] + sum(sums[0].values()) - sum(sums[1].values())}
 
 
 def read(run: Path) -> list[dict]:
@@ -133,7 +127,8 @@ class Log:
 
     def write(self, record: dict):
         """record: {"step": updates done, "train/loss": ..., ...}, numbers and dicts of numbers only."""
-        self.file.write(json.dumps(record) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")  # JSON has no NaN: null is a step that had none
         self.file.flush()
         now, last = time.monotonic(), record["step"] == self.steps
         eta = (now - self.begun) / (record["step"] - self.first) * (self.steps - record["step"])

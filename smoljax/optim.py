@@ -27,7 +27,11 @@ def decayed(params):
     return jax.tree.map(lambda p: len(p.dims) > 1 and "V" not in p.dims, params, is_leaf=is_variable)
 
 
-def optimizer(o: Optim, steps: int) -> optax.GradientTransformation:
+def optimizer(o: Optim) -> optax.GradientTransformation:
+    """All but the learning rate, which step.py multiplies in: it follows the batches, also those that were skipped."""
     mask = decayed if o.weight_decay_on == "matrices" else None
-    adamw = optax.adamw(wsd(o, steps), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip),
+        optax.scale_by_adam(o.b1, o.b2, o.eps),
+        optax.add_decayed_weights(o.weight_decay, mask),
+    )

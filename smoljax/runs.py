@@ -6,17 +6,26 @@ RUN/metrics.jsonl see metrics.py           RUN/checkpoints/STEP  see checkpoint.
 
 import dataclasses
 import json
+import logging
+import shutil
+from functools import partial
 from pathlib import Path
 
-from smoljax import atomic, checkpoint, settings, tokenizer
-from smoljax.config import Train
+import jax
+
+from smoljax import atomic, checkpoint, settings, tokenizer, weights
+from smoljax.config import Guard, Train
 from smoljax.data import Rows
 from smoljax.errors import CheckpointError, DataError, UsageError, require
+from smoljax.step import TrainState, init_state
 
-# What a resumed run may change: how it computes, how it reports, and the schedule ahead. All else is refused.
+# What a resumed run may change: how it computes, watches and reports, and what lies ahead. All else is refused; data
+# and stages are compared as far as they were read (check_same_data).
 FREE = {
     *("steps", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.decay_steps", "optim.decay"),
-    *("accumulate", "log_every", "save_every", "keep", "keep_every", "run"),
+    *("accumulate", "log_every", "save_every", "keep", "keep_every", "run", "sinks", "data.max_epochs"),
+    *("heldout.sets", "heldout.every", "heldout.max_tokens"),
+    *(f"guard.{name}" for name in settings.flat(Guard()) if name != "spike_window"),
     *("compute.dtype", "compute.remat", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
 
@@ -42,7 +51,7 @@ def open_run(folder: Path, config: Train) -> list[str]:
         return []  # nothing was trained yet: there is nothing to contradict
     before, now = settings.flat(settings.from_dict(Train, saved)), settings.flat(config)
     changed = [k for k in now if k != "data.sources" and before[k] != now[k]]
-    refused = [f"{k} = {now[k]} (the run has {before[k]})" for k in changed if k not in FREE]
+    refused = [f"{k} = {now[k]} (the run has {before[k]})" for k in changed if k not in FREE | {"stages"}]
     require(
         not refused, f"{config.run} is a run of another config: {', '.join(refused)}; name a new folder with run=DIR"
     )
@@ -52,22 +61,111 @@ def open_run(folder: Path, config: Train) -> list[str]:
 def write_run(folder: Path, config: Train, rows: Rows):
     """config.json and the shards' tokenizer, each complete or absent."""
     atomic.write_json(folder / "config.json", dataclasses.asdict(config))
-    known = [w.shards.tokenizer_path for w in rows.windows if w.shards.tokenizer_path]
+    known = [shards.tokenizer_path for shards in rows.sources.values() if shards.tokenizer_path]
     if known:
         tokenizer.copy(known[0], folder)
 
 
-def identity(config: Train, rows: Rows) -> list[dict]:
-    """The run's data by content, not by place: a moved folder is the same source."""
-    weights = config.data.sources
-    return [{"source": n, "weight": weights[n], "fingerprint": f} for n, f in rows.fingerprints().items()]
+def history(config: Train, rows: Rows, n: int) -> dict:
+    """What n batches were made of, by content and not by place: a moved folder is the same source."""
+
+    def stage(part) -> dict:
+        at = config.at(part.start)
+        sources = [
+            {"source": name, "weight": weight, "fingerprint": rows.sources[name].fingerprint}
+            for name, weight in part.data.sources.items()
+        ]
+        sizes = {"seq_len": at.data.seq_len, "batch_size": at.data.batch_size}
+        kind = {"mask_documents": at.data.mask_documents, "rope_theta": at.model.rope_theta}
+        return {"start": part.start} | sizes | kind | {"sources": sources}
+
+    consumed = {rows.sources[name].fingerprint: tokens for name, tokens in rows.consumed(n).items() if tokens}
+    stages = [stage(part) for part in rows.parts if part.start < n or part.start == 0]
+    return {"chunk": rows.chunk, "stages": stages, "consumed": consumed}
 
 
-def check_same_data(config: Train, rows: Rows, saved: dict):
-    """saved: a checkpoint's metadata."""
-    was, new = ([(s["weight"], s["fingerprint"]) for s in x] for x in (saved["data"], identity(config, rows)))
-    if was != new:
-        names = ", ".join(s["source"] for s in saved["data"])
-        raise DataError(
-            f"{config.run} was trained on other data than data.sources now holds: {names}, as they were then"
+def check_same_data(config: Train, rows: Rows, n: int, saved: dict):
+    """saved: history(...) as the checkpoint after n batches has it. What is still ahead may differ."""
+    now = history(config, rows, n)
+    if len(now["stages"]) != len(saved["stages"]):
+        starts = [[s["start"] for s in x["stages"]] for x in (saved, now)]
+        raise UsageError(f"{config.run} read stages from {starts[0]} up to step {n}, the config has {starts[1]}")
+    for was, new in zip(saved["stages"], now["stages"], strict=True):
+        if contents(was) != contents(new):
+            names = ", ".join(s["source"] for s in was["sources"])
+            raise DataError(
+                f"{config.run} was trained on other data than data.sources now holds: {names}, as they were then"
+            )
+        differ = [f"{k} = {new[k]} (the run has {was[k]})" for k in was if k != "sources" and new[k] != was[k]]
+        require(not differ, f"{config.run} had another stage at {was['start']}: {', '.join(differ)}")
+    require(
+        now["chunk"] == saved["chunk"],
+        f"the run's longest row is {now['chunk']} tokens, it was {saved['chunk']} when the sources were shuffled in "
+        f"chunks of that; go on with init_from={config.run} in a new folder",
+    )
+    if now["consumed"] != saved["consumed"]:
+        raise CheckpointError(
+            f"{config.run} had consumed {saved['consumed']} tokens at step {n}, the config makes it {now['consumed']}"
         )
+
+
+def contents(stage: dict) -> list:
+    return [(s["weight"], s["fingerprint"]) for s in stage["sources"]]
+
+
+def check_data(config: Train, rows: Rows):
+    """The shards' end of document is the model's, which generation stops at; no source is read too often."""
+    for name, shards in rows.sources.items():
+        ours, theirs = config.model.eos_token_id, shards.eos_token_id
+        require(
+            ours is None or theirs is None or theirs in (ours if isinstance(ours, tuple) else (ours,)),
+            f"{name} ends its documents with token {theirs}, but model.eos_token_id is {ours}; "
+            f"set model.eos_token_id={theirs} (and model.bos_token_id)",
+        )
+        ids = shards.vocab_size
+        if ids is not None and ids < config.model.vocab_size:
+            logging.getLogger("smoljax").warning(
+                f"{name} has a tokenizer of {ids} ids, model.vocab_size is {config.model.vocab_size}: "
+                "the other rows of the embedding are never used"
+            )
+    limit, epochs = config.data.max_epochs, rows.epochs(config.steps)
+    often = [f"{name} {e:.2f} times" for name, e in epochs.items() if limit is not None and e > limit]
+    require(
+        not often,
+        f"the run would read {', '.join(often)}, data.max_epochs is {limit}; find more text or change weights",
+    )
+
+
+def check_disk(folder: Path, config: Train):
+    """Room for the checkpoints that are kept and the one being written: f32 weights and two moments, 12 B each."""
+    size = 12 * config.model.parameters
+    there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
+    saves = -(-config.steps // config.save_every)
+    needed, free = size * min(config.keep + 1, saves) - there, shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"{folder} has {free / 1e9:.2f} GB free, its checkpoints need {needed / 1e9:.2f} GB more "
+        f"({size / 1e9:.2f} GB each); make room, or set keep={config.keep} lower",
+    )
+
+
+def initial_state(config: Train, rows: Rows | None, places: TrainState) -> TrainState:
+    """The state before the first update: fresh from config.seed, or around the weights of config.init_from."""
+    model = None
+    if config.init_from:
+        model = jax.device_put(initial_weights(config, rows), places.model)
+    return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
+
+
+def initial_weights(config: Train, rows: Rows | None):
+    """The weights that config.init_from names, in f32, as this run's model: theta and length may differ, shapes not."""
+    found = weights.read(config.init_from, "float32")
+    theirs, ours = (dataclasses.asdict(m) for m in (found.config, config.model))
+    free = {"rope_theta", "max_position_embeddings", "initializer_range"}
+    free |= {f"{name}_token_id" for name in ("bos", "eos", "pad")}
+    differ = [f"model.{k} = {ours[k]} (there {theirs[k]})" for k in ours if k not in free and ours[k] != theirs[k]]
+    require(not differ, f"init_from = {config.init_from} has another architecture: {', '.join(differ)}")
+    for shards in rows.sources.values() if rows else ():
+        weights.check_tokenizer(found, shards)
+    shape = jax.eval_shape(partial(init_state, config)).model
+    return jax.tree.unflatten(jax.tree.structure(shape), jax.tree.leaves(found.model))

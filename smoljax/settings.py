@@ -1,25 +1,44 @@
 """From a name and `a.b=c` settings to a checked config, and to JSON and back.
 
 `load("demo", ["optim.lr=1e-3"])` runs configs/demo.py, takes its `config`, and applies the settings by declared type:
-an unknown key or a wrong type is one sentence with "did you mean", before JAX starts.
+an unknown key or a wrong type is one sentence with "did you mean", before JAX starts. nanotron's YAML is a config too.
 """
 
 import dataclasses
 import difflib
 import json
+import logging
 import runpy
 import traceback
 import types
 import typing
 from pathlib import Path
 
+from smoljax import nanotron_config
 from smoljax.config import Train
 from smoljax.errors import UsageError, require
 
+SUFFIXES = (".py", ".yaml", ".yml")
+
 
 def load(name: str, overrides: typing.Sequence[str] = ()) -> Train:
-    """The config in a Python file (a path, or a shipped name such as `demo`), with `a.b=c` overrides applied."""
+    """The config in a file (a path, or a shipped name such as `demo`), with `a.b=c` overrides applied.
+
+    What a YAML file says and smoljax has no use for is listed on stderr.
+    """
     file = find(name)
+    if file.suffix == ".py":
+        config = from_python(file)
+    else:
+        config, unused = nanotron_config.from_yaml(file)
+        if unused:
+            said = f"{file}: {len(unused)} keys have no use here, and leave the mathematics as they are:"
+            logging.getLogger("smoljax").warning(f"{said}\n{nanotron_config.told(unused)}")
+    config = override(config, overrides)
+    return config if config.run is not None else dataclasses.replace(config, run=f"runs/{file.stem}")
+
+
+def from_python(file: Path) -> Train:
     try:
         # Not an import: a .pyc is matched by size and second, so an edit of 1e-3 to 2e-3 at once could be overlooked.
         names = runpy.run_path(str(file))
@@ -31,8 +50,7 @@ def load(name: str, overrides: typing.Sequence[str] = ()) -> Train:
         raise UsageError(f"{where} does not run as Python: {type(e).__name__}: {e}") from e
     config = names.get("config")
     require(isinstance(config, Train), f"{file} must say `config = Train(...)`, found {type(config).__name__}")
-    config = override(config, overrides)
-    return config if config.run is not None else dataclasses.replace(config, run=f"runs/{file.stem}")
+    return config
 
 
 def shipped() -> dict[str, Path]:
@@ -43,10 +61,13 @@ def shipped() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    if name.endswith(".py") or "/" in name:
+    if name.endswith(SUFFIXES) or "/" in name:
         file = Path(name)
-        fine = file.is_file() and file.suffix == ".py"
-        require(fine, f"{name} is no config: expected a .py file that says config = Train(...), or a shipped name")
+        require(
+            file.is_file() and file.suffix in SUFFIXES,
+            f"{name} is no config: expected a .py file that says config = Train(...), a .yaml file of nanotron's, "
+            "or a shipped name",
+        )
         return file
     names = shipped()
     key = name.replace("_", "-").replace(".", "-")  # smollm2-1.7b, as on the Hub, is configs/smollm2_1_7b.py

@@ -1,12 +1,14 @@
 """One training step as a pure function of (state, batch): jit it, donate the state, give it shardings."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from smoljax import guard
 from smoljax.config import Compute, Train
 from smoljax.loss import IGNORE, cross_entropy
 from smoljax.model import SmolLM
@@ -16,17 +18,29 @@ from smoljax.optim import optimizer, wsd
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    step: jax.Array  # updates done; the next batch is number `step`
+    step: jax.Array  # batches seen, the skipped ones too; the next batch is number `step`
     model: SmolLM  # f32 master weights
     opt_state: optax.OptState
+    guard: dict  # what guard.py remembers
 
 
 def init_state(config: Train, model: SmolLM | None = None) -> TrainState:
     """A fresh state, from config.seed or around given weights. Run under jit with out_shardings."""
     if model is None:
         model = SmolLM(config.model, nnx.Rngs(params=config.seed), config.init_std)
-    opt_state = optimizer(config.optim, config.steps).init(model)
-    return TrainState(jnp.zeros((), jnp.int32), model, opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer(config.optim).init(model), guard.fresh(config.guard))
+
+
+def of_stage(config: Train, state: TrainState) -> TrainState:
+    """The same arrays in a model of this stage (Train.at): theta and length are not arrays, but a model's structure."""
+    abstract = jax.eval_shape(partial(init_state, config))
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(state))
+
+
+def compiled_step(config: Train, places: TrainState):
+    """train_step under jit: the state is donated and stays where it lies, metrics are whole on every process."""
+    whole = places.step
+    return jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(places, whole))
 
 
 def losses(model: SmolLM, batch: dict, compute: Compute):
@@ -37,8 +51,30 @@ def losses(model: SmolLM, batch: dict, compute: Compute):
 def train_step(state: TrainState, batch: dict, config: Train) -> tuple[TrainState, dict]:
     """One update on batch = {tokens BT, labels BT[, segments BT]}; labels of -1 are ignored.
 
+    Where guard.py finds the loss or the gradient unfit, weights and moments stay as they were. Metrics stay on the
+    device, for the host to read a step later.
+    """
+    value, grads, count = gradient(state.model, batch, config)
+    norm = optax.tree.norm(grads)
+    fine, guarded = guard.judge(state.guard, value, norm, config.guard)
+    lr = wsd(config.optim, config.steps)(state.step)
+    updates, opt_state = optimizer(config.optim).update(grads, state.opt_state, state.model)
+    model = optax.apply_updates(state.model, jax.tree.map(lambda u: -lr * u, updates))
+
+    def applied(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+
+    metrics = {"loss": value, "lr": lr, "grad_norm": norm, "labels": count}
+    metrics |= {"skipped": ~fine, "skipped_steps": guarded["skipped"], "in_a_row": guarded["in_a_row"]}
+    new = TrainState(state.step + 1, applied(model, state.model), applied(opt_state, state.opt_state), guarded)
+    return new, metrics
+
+
+def gradient(model: SmolLM, batch: dict, config: Train):
+    """Loss, gradient and number of labels of one batch.
+
     The loss is the mean over all labels of the step, so splitting it into micro-batches changes rounding and nothing
-    else: gradients are summed in f32. Metrics stay on the device, for the host to read a step later.
+    else: gradients are summed in f32.
     """
     count = jnp.sum(batch["labels"] != IGNORE)
 
@@ -46,24 +82,13 @@ def train_step(state: TrainState, batch: dict, config: Train) -> tuple[TrainStat
         return jnp.sum(losses(model, batch, config.compute)) / count
 
     def accumulate(sums, micro):
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(state.model, micro)), None
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(model, micro)), None
 
     if config.accumulate == 1:
-        value, grads = jax.value_and_grad(loss)(state.model, batch)
-    else:
-        # Micro-batch a takes rows a, a + A, ...: the split axis B stays where it lies, no row changes device.
-        A = config.accumulate
-        micros = jax.tree.map(lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
-        (value, grads), _ = jax.lax.scan(accumulate, zeros, micros)
-
-    tx = optimizer(config.optim, config.steps)
-    updates, opt_state = tx.update(grads, state.opt_state, state.model)
-    metrics = {
-        "loss": value,
-        "lr": wsd(config.optim, config.steps)(state.step),
-        "grad_norm": optax.tree.norm(grads),
-        "labels": count,
-    }
-    model = optax.apply_updates(state.model, updates)
-    return TrainState(state.step + 1, model, opt_state), metrics
+        return *jax.value_and_grad(loss)(model, batch), count
+    # Micro-batch a takes rows a, a + A, ...: the split axis B stays where it lies, no row changes device.
+    A = config.accumulate
+    micros = jax.tree.map(lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
+    (value, grads), _ = jax.lax.scan(accumulate, zeros, micros)
+    return value, grads, count

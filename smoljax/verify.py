@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import io
 from pathlib import Path
@@ -177,12 +176,3 @@ def with_transformers(folder: Path, config: Model, ids: np.ndarray, ours: np.nda
             "what was written is wrong and was removed"
         )
     return {"largest_difference": off, "loss": loss(theirs, ids)}
-
-
-def sums(folder: Path) -> dict[str, str]:
-    """sha256 by file name, of everything below a folder."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

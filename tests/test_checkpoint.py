@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
+import subprocess
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from smoljax import checkpoint, sharding
+from smoljax import checkpoint, sharding, sums
 from smoljax.config import Mesh, Model, Optim, Train
 from smoljax.errors import CheckpointError
 from smoljax.step import init_state
@@ -26,7 +27,7 @@ def run(tmp_path, state):
     with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=3) as saved:
         for step in range(1, 9):
             moved = dataclasses.replace(state, model=jax.tree.map(lambda w, s=step: w + s, state.model))
-            saved.save(step, {"config": dataclasses.asdict(CONFIG)}, model=moved.model, opt=moved.opt_state)
+            saved.save(step, {"model": dataclasses.asdict(CONFIG.model)}, **checkpoint.parts(moved))
     return tmp_path
 
 
@@ -77,5 +78,91 @@ def test_what_is_not_there_is_named(run, tmp_path):
 def test_a_damaged_checkpoint_is_named(run):
     for folder in (run / "checkpoints/8/model").rglob("d"):
         shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match=r"checkpoints/8/model/\S+ is missing"):
+        checkpoint.load_model(run)
+    (run / "checkpoints/8/SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match=r"checkpoints/8 (cannot be read|is damaged)"):
         checkpoint.load_model(run)
+
+
+def files_of(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
+
+
+def test_sums_are_those_of_sha256sum(run):
+    for step in (3, 6, 7, 8):
+        folder = run / "checkpoints" / str(step)
+        listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+        assert listed == {p.relative_to(folder).as_posix() for p in files_of(folder)}
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_one_flipped_byte_of_any_file_is_found_and_the_one_before_is_used(run, capsys):
+    newest = run / "checkpoints/8"
+    for i, file in enumerate(files_of(newest)):
+        whole = file.read_bytes()
+        at = len(whole) * i // len(files_of(newest)) if whole else 0
+        broken = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] if whole else b"x"
+        for damaged in (broken, whole[:-1] or b"x"):  # flipped, truncated
+            file.write_bytes(damaged)
+            assert f"{file} has changed" in sums.damage(newest)
+        file.write_bytes(whole)
+        assert sums.damage(newest) is None
+    file.write_bytes(b"no")
+    assert checkpoint.newest_sound(run) == 7
+    assert f"checkpoint 8 is damaged: {file} has changed" in capsys.readouterr().err
+    assert checkpoint.steps(run) == [3, 6, 7] and files_of(run / "damaged/8")
+
+
+def test_damage_that_is_no_flipped_byte(run):
+    folder = run / "checkpoints/8"
+    (folder / "model/more").write_text("")
+    assert "model/more is not listed" in sums.damage(folder)
+    (folder / "model/more").unlink()
+    text = (folder / "SHA256SUMS").read_text()
+    (folder / "SHA256SUMS").write_text(text[: len(text) // 2])
+    assert sums.damage(folder) is not None
+    (folder / "SHA256SUMS").write_text("cut")
+    assert "SHA256SUMS is damaged itself" in sums.damage(folder)
+
+
+def test_when_all_are_damaged_nothing_starts_afresh(run):
+    for step in checkpoint.steps(run):
+        files_of(run / "checkpoints" / str(step))[0].write_bytes(b"")
+    with pytest.raises(CheckpointError, match="all 4 checkpoints of .* are damaged"):
+        checkpoint.newest_sound(run)
+
+
+def test_a_failed_save_is_known_a_step_later_and_the_second_in_a_row_is_an_error(tmp_path, state, monkeypatch, capsys):
+    def full(folder):
+        raise OSError(28, "No space left on device", str(folder))
+
+    parts, metadata = checkpoint.parts(state), {"model": dataclasses.asdict(CONFIG.model)}
+    with checkpoint.Checkpoints(tmp_path, keep=5, failures=2) as saved:
+        saved.save(1, metadata, **parts)
+        saved.wait()
+        monkeypatch.setattr(sums, "write", full)
+        for step in (2, 3):
+            saved.save(step, metadata, **parts)
+            saved.wait() if step == 2 else None
+            if step == 2:
+                assert "checkpoint 2 could not be written" in (err := capsys.readouterr().err)
+                assert "No space left on device" in err and "checkpoint 1 stands" in err
+        with pytest.raises(CheckpointError, match="checkpoint 3 could not be written"):
+            saved.wait()
+        monkeypatch.undo()
+        saved.save(4, metadata, **parts)
+    assert checkpoint.newest_sound(tmp_path) == 4
+
+
+def test_cleaning_up_touches_only_what_a_save_left(run, state):
+    left = run / "checkpoints/9.orbax-checkpoint-tmp"
+    shutil.copytree(run / "checkpoints/8", left)
+    mine = [run / "checkpoints/notes.txt", run / "checkpoints/mine.tmp/x", run / "mine/9.orbax-checkpoint-tmp"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    with checkpoint.Checkpoints(run, keep=9) as saved:
+        saved.save(10, {"model": dataclasses.asdict(CONFIG.model)}, **checkpoint.parts(state))
+    assert not left.exists() and all(file.read_text() == "mine" for file in mine)
+    assert checkpoint.steps(run) == [3, 6, 7, 8, 10]

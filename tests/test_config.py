@@ -14,7 +14,7 @@ import yaml
 from flax import nnx
 
 from smoljax import settings
-from smoljax.config import SIZES, Compute, Data, Mesh, Model, Optim, Train
+from smoljax.config import SIZES, Compute, Data, Mesh, Model, Optim, Stage, Train
 from smoljax.errors import UsageError
 from smoljax.model import SmolLM
 
@@ -57,8 +57,9 @@ def published(file: str) -> dict:
     """nanotron's configuration in our words: every number that says what was trained."""
     y = yaml.safe_load((Path(__file__).parent / "data/nanotron" / file).read_text())
     tokens, optimizer, parallelism = y["tokens"], y["optimizer"], y["parallelism"]
-    schedule, adam, stage = optimizer["learning_rate_scheduler"], optimizer["optimizer_factory"], y["data_stages"][0]
-    dataset = stage["data"]["dataset"]
+    schedule, adam = optimizer["learning_rate_scheduler"], optimizer["optimizer_factory"]
+    stages = [(stage["start_training_step"] - 1, stage["data"]) for stage in y["data_stages"]]  # nanotron: 1, 2, ...
+    assert stages[0][0] == 0 and len({data["seed"] for _, data in stages}) == 1
 
     model = dict(y["model"]["model_config"])
     for key, value in FIXED.items():
@@ -70,7 +71,11 @@ def published(file: str) -> dict:
     assert schedule["lr_warmup_style"] == "linear" and adam["name"] == "adamW" and optimizer["accumulate_grad_in_fp32"]
     assert schedule["lr_decay_starting_step"] + schedule["lr_decay_steps"] == tokens["train_steps"]
     rows = tokens["micro_batch_size"] * tokens["batch_accumulation_per_replica"] * parallelism["dp"]
-    folders = (folder.replace("datasets/", "shards/") for folder in dataset["dataset_folder"])
+    mixtures = []
+    for _, data in stages:
+        folders = (folder.replace("datasets/", "shards/") for folder in data["dataset"]["dataset_folder"])
+        mixtures.append(dict(zip(folders, data["dataset"]["dataset_weights"], strict=True)))
+    every = tokens["val_check_interval"]
     return {f"model.{key}": value for key, value in model.items()} | {
         "steps": tokens["train_steps"],
         "seed": y["general"]["seed"],
@@ -78,11 +83,14 @@ def published(file: str) -> dict:
         "init_from": None,
         "save_every": y["checkpoints"]["checkpoint_interval"],
         "compute.dtype": y["model"]["dtype"],
-        "data.sources": dict(zip(folders, dataset["dataset_weights"], strict=True)),
+        "log_every": y["logging"]["iteration_step_info_interval"],
+        "heldout.every": None if every == -1 else every,
+        "data.sources": mixtures[0],
+        "stages": tuple(Stage(start, mix) for (start, _), mix in list(zip(stages, mixtures, strict=True))[1:]),
         "data.seq_len": tokens["sequence_length"],
         "data.batch_size": rows,
         "data.mask_documents": False,
-        "data.seed": stage["data"]["seed"],
+        "data.seed": stages[0][1]["seed"],
         "optim.lr": schedule["learning_rate"],
         "optim.warmup_steps": schedule["lr_warmup_steps"],
         "optim.decay_steps": schedule["lr_decay_steps"],
@@ -100,9 +108,70 @@ def published(file: str) -> dict:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_the_published_one(name):
     ours, theirs = settings.flat(settings.load(name)), published(RECIPES[name])
+    if name == "smollm2-1-7b":  # whose stages are the paper's: the file prints one source
+        assert theirs.pop("data.sources") == {"shards/smollm2-corpus": 1.0} and theirs.pop("stages") == ()
+        paper = {"data.sources", "stages", "data.max_epochs"}
+    else:
+        paper = set()
+        assert ours.pop("data.max_epochs") is None
     assert {key: ours[key] for key in theirs} == theirs
-    ours_alone = {key for key in ours.keys() - theirs.keys() if not key.startswith(("mesh.", "compute."))}
-    assert ours_alone == {"accumulate", "run", "log_every", "keep", "keep_every"}  # nothing that changes the model
+    own_groups = ("mesh.", "compute.", "guard.", "heldout.")
+    ours_alone = {key for key in ours.keys() - theirs.keys() if not key.startswith(own_groups)}
+    assert ours_alone - paper == {"accumulate", "run", "keep", "keep_every", "sinks"}  # nothing that changes the model
+
+
+def test_smollm2_1_7b_is_the_papers_stages():
+    """Tables of the SmolLM2 paper, section 4: percent of web, code, mathematics and synthetic text by stage."""
+    kinds = {
+        "web": ("fineweb-edu", "dclm"),
+        "code": ("starcoderdata", "stack-edu", "starcoder2data", "jupyter"),
+        "math": ("open-web-math", "infimm-webmath", "infi-webmath-3plus", "finemath-4plus", "auggsm8k"),
+        "synthetic": ("cosmopedia-v2",),
+        "long": ("dolma-books-8k", "dclm-8k", "fineweb-edu-8k"),
+    }
+    config = settings.load("smollm2-1.7b")
+    starts = [0, *(stage.start for stage in config.stages)]
+    for start, tokens, *shares in [
+        (0, 0, 90, 10, 0, 0, 0),
+        (2_861_023, 6e12, 75, 20, 5, 0, 0),
+        (3_814_698, 8e12, 74, 16, 10, 0, 0),
+        (4_768_372, 10e12, 58, 24, 14, 4, 0),
+        (5_204_000, None, 0.6 * 58, 0.6 * 24, 0.6 * 14, 0.6 * 4, 40),
+    ]:
+        assert starts.pop(0) == start
+        now = config.at(start).data
+        percent = {name.removeprefix("shards/"): 100 * weight for name, weight in now.sources.items()}
+        for kind, share in zip(kinds, shares, strict=True):
+            assert sum(percent.pop(name, 0) for name in kinds[kind]) == pytest.approx(share)
+        assert not percent and now.batch_size * now.seq_len == 2_097_152
+        if tokens is not None:  # the first update at or beyond the boundary
+            assert (start - 1) * 2_097_152 < tokens <= start * 2_097_152
+    assert not starts
+    web = [config.at(s).data.sources for s in (0, 2_861_023, 3_814_698)]
+    assert [w["shards/fineweb-edu"] / (w["shards/fineweb-edu"] + w["shards/dclm"]) for w in web] == pytest.approx(
+        [0.6, 0.6, 0.4]
+    )
+    last = config.at(5_204_000)
+    assert last.model == SIZES["smollm2-1.7b"] and config.at(5_203_999).model == config.model
+    assert (last.data.seq_len, last.data.batch_size) == (8192, 256)
+    assert last.data.sources == pytest.approx(settings.load("smollm2-1.7b-8k").data.sources)
+
+
+def test_no_set_is_read_more_than_five_times_but_openwebmath():
+    """The paper's sizes in billions of tokens; what it does not say of the mixtures is guessed so that this holds."""
+    sizes = {"fineweb-edu": 1300, "dclm": 3800, "starcoderdata": 250, "stack-edu": 125, "infimm-webmath": 40}
+    sizes |= {"infi-webmath-3plus": 20.5, "finemath-4plus": 10, "cosmopedia-v2": 28, "open-web-math": 12}
+    config = settings.load("smollm2-1.7b")
+    read = dict.fromkeys(sizes, 0.0)
+    ends = [*(stage.start for stage in config.stages), config.steps]
+    for start, end in zip([0, *ends], ends, strict=False):
+        sources = config.at(start).data.sources
+        for name in sizes:
+            read[name] += (end - start) * 2_097_152 / 1e9 * sources.get(f"shards/{name}", 0.0)
+    often = {name: tokens / sizes[name] for name, tokens in read.items() if tokens / sizes[name] > 5}
+    assert often.keys() == {"open-web-math"} and 8 < often["open-web-math"] < 12  # as the recipe's comment says
+    assert config.data.max_epochs == 5
+    assert read["starcoderdata"] / 250 == pytest.approx(4, abs=0.01)  # the paper: about 4
 
 
 def test_recipes_see_the_published_number_of_tokens():

@@ -96,11 +96,13 @@ def test_every_kind_of_model_gives_the_same_loss(place, capsys, tmp_path):
 
 def test_mistakes_are_one_sentence(place, capsys, tmp_path):
     other = corpus.write(tmp_path / "other", corpus.documents(9, 60), 60)
+    ends = corpus.write(tmp_path / "ends", [[0]] * 400, V)
     for argv, code, sentence in [
         ([place / "run", "--data", other], 3, "another tokenizer than the model's"),
         ([place / "run", "--data", tmp_path / "none"], 3, "no shards at"),
         ([tmp_path / "none", "--data", other], 2, "there is no"),
         ([place / "run", "--data", place / "shards", "--seq-len", 0], 2, "--seq-len is 0"),
+        ([place / "run", "--data", ends, "--mask-documents"], 3, "no token is predicted here"),
     ]:
         capsys.readouterr()
         assert run(evaluate.main, [str(a) for a in argv]) == code

@@ -1,6 +1,8 @@
 """FLOPs on paper, records that survive a kill, and the line that people read."""
 
+import contextlib
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -46,39 +48,60 @@ def test_speed_is_of_the_steps_since_the_last_record(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now.seconds)
 
-    def spend(seconds):
-        now.seconds += seconds
+    def spend(seconds, what=None):
+        with meter.timing(what) if what else contextlib.nullcontext():
+            now.seconds += seconds
 
     model = replace(SIZES["smollm2-135m"])
     config = Train(model=model, steps=10, data=Data(batch_size=8, seq_len=1024), optim=Optim(warmup_steps=0))
-    meter = metrics.Meter(
-        config,
-        [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: {"peak_bytes_in_use": 2e9})] * 2,
-        start=4,
-    )
-    values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "labels": 8192.0}
-    with meter.waiting():
-        spend(50)  # before the first step: no step waits for it
-    with meter.dispatching():
-        spend(30)
+    stats = {"peak_bytes_in_use": 2e9}
+    device = dict(device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: stats, process_index=0)
+    before = dict.fromkeys(metrics.SPENT, 0.0) | {"productive": 100.0, "lost": 7.0}
+    meter = metrics.Meter(config, [SimpleNamespace(**device)] * 2, 4, before)
+    values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "labels": 8192.0, "skipped_steps": 3}
+    spend(11)  # opening files, of which nothing is said
+    spend(50, "data_wait")  # before the first step: no step waits for it
+    meter.starts()
+    spend(30, "compile")
     for _ in range(2):
-        with meter.waiting():
-            spend(0.5)
-        with meter.dispatching():
-            spend(0.0)
+        spend(0.5, "data_wait")
         spend(1.5)
-    first = meter.record(6, values)
-    assert first["goodput/compile_s"] == 30 and first["train/step_time_s"] == 2.0 and first["train/data_wait_s"] == 0.5
+    first = meter.record(6, values, 6 * 8192)
+    assert first["train/step_time_s"] == 2.0 and first["train/data_wait_s"] == 0.5
     assert first["train/tokens"] == 6 * 8192 and first["train/tokens_per_sec"] == 4096
-    assert first["train/tokens_per_sec_per_device"] == 2048
+    assert first["train/tokens_per_sec_per_device"] == 2048 and first["train/skipped_steps"] == 3
     assert first["train/mfu"] == pytest.approx(4096 * metrics.flops_per_token(model, 1024) / (2 * 989e12))
     assert first["device/mem_peak_gb"] == 2
-    with meter.saving():
-        spend(9)  # its own time, not the next step's
+    spend(9, "checkpoint")  # its own time, not the next step's
     spend(1)
-    second = meter.record(7, values)
-    assert second["train/step_time_s"] == 1.0 and "goodput/compile_s" not in second
-    assert second["goodput/checkpoint_s"] == 9
+    meter.enter(replace(config, data=Data(batch_size=4, seq_len=1024)))
+    second = meter.record(7, values, 6 * 8192 + 4096)
+    assert second["train/step_time_s"] == 1.0 and second["train/tokens_per_sec"] == 4096
+    spent = {k: second[f"goodput/{k}_s"] for k in metrics.SPENT}
+    assert spent == {"productive": 104, "compile": 30, "checkpoint": 9, "restore": 11, "data_wait": 51} | {
+        "eval": 0,
+        "lost": 7,
+    }
+    assert sum(spent.values()) == now.seconds + 107
+
+
+def test_what_a_kill_took_is_lost(tmp_path):
+    """Killed at step 7 with checkpoint 4: the seconds between are lost, the ones before are not."""
+    keys = [f"goodput/{k}_s" for k in metrics.SPENT]
+    records = [{"step": n} | dict.fromkeys(keys, 0.0) | {keys[0]: 2.0 * n, keys[1]: 5.0} for n in range(1, 8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    zeros = dict.fromkeys(metrics.SPENT, 0.0)
+    assert metrics.spent_before(tmp_path, 4) == zeros | {"productive": 8.0, "compile": 5.0, "lost": 6.0}
+    assert metrics.spent_before(tmp_path, 0) == zeros | {"lost": 19.0}
+    assert metrics.spent_before(tmp_path / "new", 0) == zeros
+
+
+def test_a_step_without_a_loss_is_null(tmp_path):
+    with metrics.Log(tmp_path, step=0, steps=2) as log:
+        log.write({"step": 1, **RECORD, "train/loss": math.nan, "train/grad_norm": math.inf})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in line and "Infinity" not in line
+    assert metrics.read(tmp_path)[0]["train/loss"] is None
 
 
 def test_numbers_for_people():

@@ -13,10 +13,8 @@ import math
 import sys
 from functools import partial
 
-import numpy as np
-
 from smoljax.config import Compute, Mesh
-from smoljax.errors import DataError, require, run
+from smoljax.errors import require, run
 
 
 def main(argv=None) -> int:
@@ -34,8 +32,11 @@ def main(argv=None) -> int:
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}, expected at least 1")
 
-    from smoljax import runtime, tokenizer, weights
+    import jax
+
+    from smoljax import runtime, sharding, tokenizer, weights
     from smoljax.data import Windows
+    from smoljax.heldout import HeldoutSet, measure
 
     runtime.start()
     found = weights.read(args.model, "float32")
@@ -52,67 +53,19 @@ def main(argv=None) -> int:
     words, beside = found.tokenizer, windows.shards.tokenizer_path
     words = tokenizer.load(beside) if words is None and beside else words
     lengths = None if words is None else tokenizer.byte_lengths(words)
-    rows = args.batch_size or max(1, 8192 // T)
-    nats, labels, size = by_position(found.model, windows, count, rows, lengths, Compute(dtype=args.dtype))
-    result = summarise(nats, labels, size) | {"model": str(args.model), "data": str(args.data), "seq_len": T}
+    rows, compute, mesh = args.batch_size or max(1, 8192 // T), Compute(dtype=args.dtype), sharding.mesh(Mesh())
+    model = jax.device_put(found.model, sharding.shardings(found.model, mesh))
+    what = HeldoutSet(args.data, windows, count, lengths)
+    result = measure(model, what, rows, compute, mesh, partial(progress, count=count))
+    result |= {"model": str(args.model), "data": str(args.data), "seq_len": T}
     print(json.dumps(result) if args.json else table(result))
     return 0
 
 
-def by_position(model, windows, count: int, batch_size: int, lengths, compute: Compute):
-    """Nats and number of labels at each position, [T] each, over the first `count` windows, and the labels' bytes."""
-    import jax
-
-    from smoljax import sharding
-    from smoljax.loss import IGNORE
-    from smoljax.step import losses
-
-    mesh = sharding.mesh(Mesh())
-    rows = -(-batch_size // mesh.size) * mesh.size
-    with jax.set_mesh(mesh):
-        model = jax.device_put(model, sharding.shardings(model, mesh))
-        step = jax.jit(partial(losses, compute=compute))
-        nats, labels, size = np.zeros(windows.seq_len), np.zeros(windows.seq_len, int), 0
-        for first in range(0, count, rows):
-            some = [windows[w] for w in range(first, min(first + rows, count))]
-            batch = {k: np.stack([w[k] for w in some]) for k in some[0]}
-            missing = rows - len(some)  # the last batch is filled up with rows that have no labels
-            batch = {k: np.pad(v, ((0, missing), (0, 0)), constant_values=FILL[k]) for k, v in batch.items()}
-            values = step(model, jax.device_put(batch, sharding.batch_sharding(mesh)))
-            nats += np.asarray(values, np.float64).sum(0)
-            real = batch["labels"] != IGNORE
-            labels += real.sum(0)
-            size += 0 if lengths is None else int(lengths[batch["labels"][real]].sum())
-            if sys.stderr.isatty():
-                print(f"\r{first + len(some)}/{count} windows", end="", file=sys.stderr, flush=True)
+def progress(done: int, count: int):
+    """A counter on a terminal, nothing in a log."""
     if sys.stderr.isatty():
-        print(file=sys.stderr)
-    return nats, labels, size
-
-
-FILL = {"tokens": 0, "labels": -1, "segments": 0}
-
-
-def summarise(nats, labels, size: int) -> dict:
-    """size: bytes of text that the labels stand for; 0 where the tokenizer does not say."""
-    if not labels.sum():
-        raise DataError("no token is predicted here: every document is one token long; leave out --mask-documents")
-    loss = float(nats.sum() / labels.sum())
-    if not math.isfinite(loss):
-        raise DataError(f"the loss is {loss}: the model's weights are not finite")
-    edges = [0, *(128 * 2**i for i in range(32) if 128 * 2**i < len(nats)), len(nats)]
-    buckets = {
-        f"{a}-{b - 1}": float(nats[a:b].sum() / labels[a:b].sum())
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-        if labels[a:b].sum()
-    }
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else None,  # e^710 is beyond a double
-        "bits_per_byte": float(nats.sum() / math.log(2) / size) if size else None,
-        "tokens": int(labels.sum()),
-        "loss_by_position": buckets,
-    }
+        print(f"\r{done}/{count} windows", end="\n" if done == count else "", file=sys.stderr, flush=True)
 
 
 def table(result: dict) -> str:

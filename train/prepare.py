@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from smoljax import atomic, runtime
+from smoljax import atomic, executors, runtime
 from smoljax import tokenizer as tok
-from smoljax.encode import TASK, Reader, deal, describe, publish, run_pipeline, say
+from smoljax.encode import TASK, Reader, deal, describe, publish, say
 from smoljax.errors import DataError, UsageError, run
 from smoljax.shards import FORMAT, VERSION, Shards
 from smoljax.text import Source, accepted, check_refused, find, look
@@ -101,18 +101,18 @@ def prepare(args, out: Path, files: dict[str, Path], ignored: list[str]) -> tupl
         check_refused(manifest["refused"], args.max_bad)
         return manifest, True
     big = max(sources, key=lambda source: source.bytes)
-    if args.workers > 1 and big.bytes > max(4 << 20, sum(source.bytes for source in sources) / 2):
+    if args.workers != 1 and big.bytes > max(4 << 20, sum(source.bytes for source in sources) / 2):
         say(f"{big.name} is more than half of the input, and one file is one process: cut it up to use more")
     work = out / ".prepare" / key
     work.mkdir(exist_ok=True)
     if args.tokenizer:
-        shutil.copyfile(tok.find(args.tokenizer), work / "tokenizer.json")
+        atomic.copy(tok.find(args.tokenizer), work / "tokenizer.json")
     elif not (work / "tokenizer.json").exists():
         train_tokenizer(sources, args, work / "tokenizer.json")
     tokenizer = load_tokenizer(work / "tokenizer.json", args.tokenizer or "the trained tokenizer")
-    tokenizer.save(str(work / "encoder.json"))
-    reader = Reader(work.resolve(), deal(sources), args.text_key, args.max_bad)
-    run_pipeline(reader, out, args.workers, args.seed)
+    atomic.write(work / "encoder.json", tokenizer.to_str())  # a cluster's tasks may be reading it
+    reader = Reader(work.resolve(), deal(sources), args.text_key, args.max_bad, settings["versions"])
+    executors.run(args.executor, reader, out, args.workers, args.seed, args.cluster)
     for source in sources:
         if look(source.name, Path(source.path), hashed=False)[2:4] != source[2:4]:
             shutil.rmtree(work)
@@ -129,13 +129,16 @@ def parse(argv):
         description="Turn text into token shards: .txt .md .py (a file is a document), .jsonl .json (a line is a "
         "document), any of them as .gz or .zst, .parquet (a row is a document), or folders of these.",
         epilog="One file is read by one process, however large: cut a huge file into parts of some 64 MB to use all "
-        "workers. The same command again finishes a killed run, and does nothing where nothing has changed.",
+        "workers. The same command again finishes a killed run, and does nothing where nothing has changed. "
+        "With --executor slurm a job array is submitted and waited for, and the shards appear when all of it is done; "
+        "stopped while it waits, this command leaves the job at work, and the same command waits for it again. With "
+        "--executor ray the cluster is that of RAY_ADDRESS, else the one that runs here, else this machine. "
+        "For both, all nodes must have smoljax installed and see the inputs and DIR at the same path.",
     )
 
     def natural(text: str) -> int:
         return int(text) if text.isdecimal() else parser.error(f"expected a number, 0 or more, not {text!r}")
 
-    cores = getattr(os, "process_cpu_count", os.cpu_count)()
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help="a file, or a folder to read through")
     parser.add_argument("--output", metavar="DIR", help="the folder of shards; new, empty, or from an earlier run")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or a folder that holds one")
@@ -143,8 +146,15 @@ def parse(argv):
     parser.add_argument("--text-key", metavar="KEY", default="text", help="JSON key or parquet column (default: text)")
     bad = "go on with up to N documents refused: not UTF-8, not JSON, empty (default: 0)"
     parser.add_argument("--max-bad", metavar="N", type=natural, default=0, help=bad)
-    processes = "processes (default: one a core); the shards do not depend on it"
-    parser.add_argument("--workers", metavar="N", type=natural, default=cores, help=processes)
+    tasks = "tasks at once (default: one a core; on a cluster: all); the shards do not depend on it"
+    parser.add_argument("--workers", metavar="N", type=natural, help=tasks)
+    where = "who runs the tasks (default: local); the shards do not depend on it"
+    parser.add_argument("--executor", choices=list(executors.KEYS), default="local", help=where)
+    cluster = (
+        "what a task gets: for slurm partition=NAME,time=H:MM:SS and maybe account, qos, constraint, reservation, "
+    )
+    cluster += "max_array_size (1001); for slurm and ray cpus_per_task (1), mem_per_cpu_gb (4)"
+    parser.add_argument("--cluster", metavar="KEY=VALUE,...", help=cluster)
     seed = "of the shuffle within a shard (default: 0)"
     parser.add_argument("--seed", metavar="N", type=natural, default=0, help=seed)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON line")
@@ -160,6 +170,9 @@ def parse(argv):
         parser.error("expected either --tokenizer FILE or --train-tokenizer V")
     if args.workers == 0:
         parser.error("expected --workers of 1 or more")
+    args.cluster = executors.options(args.executor, args.cluster)
+    if args.workers is None:
+        args.workers = getattr(os, "process_cpu_count", os.cpu_count)() if args.executor == "local" else -1
     return args
 
 

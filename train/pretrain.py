@@ -2,21 +2,23 @@
 
     smoljax pretrain demo
     smoljax pretrain smollm2-135m data.sources=shards run=runs/mine compute.remat=true
+    smoljax pretrain mine.py --dry-run           # compiles and runs one step on random tokens, writes nothing
 
-The run's folder holds config.json, tokenizer.json, metrics.jsonl, curves.png and checkpoints/STEP.
+The run's folder holds config.json, tokenizer.json, metrics.jsonl, curves.png and checkpoints/STEP. On several machines
+the same command runs on each: configs/launch has files for SLURM, GKE and TPU pods.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import logging
-import math
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
-from smoljax import atomic, settings
+from smoljax import atomic, processes, settings, watch
 from smoljax.config import Train
-from smoljax.errors import Error, require, run
+from smoljax.errors import require, run
 
 
 def main(argv=None) -> int:
@@ -25,107 +27,188 @@ def main(argv=None) -> int:
         description=__doc__.splitlines()[0],
         epilog=f"Shipped configs: {', '.join(settings.shipped())}. What can be set: smoljax/config.py.",
     )
-    parser.add_argument("config", help="a Python file that says config = Train(...), or a shipped name such as demo")
+    parser.add_argument(
+        "config", help="a Python file that says config = Train(...), a shipped name, or nanotron's YAML"
+    )
     parser.add_argument(
         "settings", nargs="*", metavar="a.b=c", help="settings that override the config's: optim.lr=1e-3"
     )
+    parser.add_argument("--dry-run", action="store_true", help="compile and run one step on random tokens, no more")
+    processes.add_flags(parser)
     args = parser.parse_args(argv)
     config = settings.load(args.config, args.settings)
-    folder = Path(config.run)
+    if args.dry_run:
+        from smoljax import dryrun
 
-    # ---- what can be known before JAX starts: the run's folder, the weights to start from, the data
-    from smoljax import runs
-    from smoljax.data import Rows, batches
+        return dryrun.run(config, start_mesh(config, args))
 
-    rows = Rows(config.data, config.model.vocab_size)
-    check_data(config, rows)
+    # ---- what can be known before JAX starts: the data, the weights to start from
+    from smoljax import heldout, runs, sinks
+    from smoljax.data import Rows
+
+    sinks.check(config.sinks)
+    rows = Rows(config)
+    runs.check_data(config, rows)
+    sources = list(rows.sources.values())
+    held = {part.start: heldout.open_sets(config.at(part.start), sources) for part in rows.parts}
     if config.init_from:
         require(Path(config.init_from).exists(), f"init_from = {config.init_from} does not exist")
-    changes = runs.open_run(folder, config)
 
     # ---- mesh
     import jax
 
-    from smoljax import metrics, runtime, sharding
-    from smoljax.checkpoint import Checkpoints
-    from smoljax.step import init_state, train_step
+    from smoljax import metrics
+    from smoljax.checkpoint import Checkpoints, newest_sound
 
-    runtime.start()
-    # Each process would write the same files; until that is built, it is refused.
-    require(jax.process_count() == 1, f"pretrain runs on one host, found {jax.process_count()} processes")
-    mesh = sharding.mesh(config.mesh)
-    ways, micro = mesh.shape["data"] * mesh.shape["fsdp"], config.data.batch_size // config.accumulate
-    require(
-        micro % ways == 0,
-        f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
-        "(mesh.data x mesh.fsdp); change one of them",
-    )
-    busy = f"another `smoljax pretrain` is at work in {folder}; wait for it to end, or name another folder with run=DIR"
-    with (
-        atomic.lock(folder / ".lock", busy),
-        jax.set_mesh(mesh),
-        Checkpoints(folder, config.keep, config.keep_every) as checkpoints,
-    ):
-        # ---- state
-        abstract = jax.eval_shape(partial(init_state, config))
-        places = sharding.shardings(abstract, mesh)
-        start = checkpoints.latest or 0
+    mesh = start_mesh(config, args)
+    folder = Path(config.run)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(watch.Stop(config.guard.grace_s))
+        changes = processes.on_first(partial(claim, folder, config, stack))
+        stack.enter_context(jax.set_mesh(mesh))
+        begun = time.perf_counter()
+
+        # ---- checkpoints: which one to go on from, and whether it is of this run
+        start = processes.on_first(partial(newest_sound, folder)) or 0
+        spent = metrics.spent_before(folder, start)
+        kept = Checkpoints(folder, config.keep, config.keep_every, config.guard.failed_saves)
+        checkpoints = stack.enter_context(kept)
         if start:
-            runs.check_same_data(config, rows, checkpoints.metadata(start))
+            runs.check_same_data(config, rows, start, checkpoints.metadata(start)["data"])
             if start >= config.steps:
                 draw_curves(folder)
                 print(f"{folder} is at step {start} already, steps = {config.steps}; raise steps to go on")
                 return 0
-            for change in changes:
-                print(f"resuming with {change}", file=sys.stderr)
-            state = checkpoints.restore(start, abstract, places)
-        else:
-            model = initial_weights(config, abstract, places, rows) if config.init_from else None
-            state = jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
-        runs.write_run(folder, config, rows)
-        metadata = {"config": dataclasses.asdict(config), "data": runs.identity(config, rows)}
-        print(header(config, rows, mesh, start), file=sys.stderr, flush=True)
-
-        # ---- step
-        step = jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(places, None))
-        meter = metrics.Meter(config, mesh.devices.flat, start)
-
-        def record(n, on_device):  # waits for step n alone: n + 1 is running already
-            values = {k: float(v) for k, v in on_device.items()}
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                raise Error(
-                    f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']}; the run stops here. "
-                    f"The newest checkpoint, {checkpoints.latest or 'none'}, is from before; try a lower optim.lr"
-                )
-            checkpoints.check()
-            epochs = {"data/epochs": rows.epochs(n * config.data.batch_size)}
-            log.write(meter.record(n, values) | epochs)
-            return values
-
-        # ---- loop
-        feed = batches(rows, config.data.batch_size, start, config.steps, sharding.batch_sharding(mesh))
-        with metrics.Log(folder, start, config.steps) as log:
-            unread = None
-            for n in range(start + 1, config.steps + 1):
-                with meter.waiting():
-                    batch = next(feed)
-                with meter.dispatching():
-                    state, on_device = step(state, batch)
-                if unread:
-                    record(*unread)
-                save = n % config.save_every == 0 or n == config.steps
-                unread = (n, on_device) if save or n % config.log_every == 0 else None
-                if save:  # a checkpoint has its metrics, and is never of a step whose loss was not finite
-                    last, unread = record(*unread), None
-                    with meter.saving():
-                        checkpoints.save(n, metadata, model=state.model, opt=state.opt_state)
-            checkpoints.wait()
+        processes.on_first(partial(runs.check_disk, folder, config))
+        processes.on_first(partial(runs.write_run, folder, config, rows))
+        if processes.first():
+            print(
+                *(f"resuming with {change}" for change in changes), sep="\n", end="\n" * bool(changes), file=sys.stderr
+            )
+            print(header(config, rows, mesh, start), file=sys.stderr, flush=True)
+        meter = metrics.Meter(config.at(start), mesh.devices.flat, start, spent, begun)
+        with processes.together():
+            last = train(config, rows, held, mesh, start, checkpoints, meter, stop)
 
     # ---- result
-    draw_curves(folder)
-    tokens = metrics.human(meter.tokens(config.steps))
-    print(f"{folder}: {config.steps} steps, {tokens} tokens, loss {last['loss']:.4f}")
+    if processes.first():
+        draw_curves(folder)
+        tokens = metrics.human(sum(rows.consumed(config.steps).values()))
+        print(f"{folder}: {config.steps} steps, {tokens} tokens, loss {last['loss']:.4f}")
     return 0
+
+
+def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter, stop) -> dict:
+    """Updates start ... steps - 1. Returns the last one's numbers. held: by a stage's start, its held-out sets."""
+    import jax
+
+    from smoljax import corruption, metrics, runs, sharding
+    from smoljax.checkpoint import parts
+    from smoljax.data import batches
+    from smoljax.readings import Readings
+    from smoljax.step import compiled_step, init_state, of_stage
+
+    feed = batches(rows, start, config.steps, sharding.batch_sharding(mesh))
+    agreement = processes.Agreement(mesh)
+    with Readings(config, rows, mesh, start, checkpoints, meter) as read:
+        part = state = unread = None
+        for n in range(start + 1, config.steps + 1):
+            # ---- stage: its own shapes, theta and program
+            begins = rows.part(n - 1) is not part
+            if begins:
+                if unread:
+                    read(*unread)
+                unread = None
+                part, at = rows.part(n - 1), config.at(n - 1)
+                abstract = jax.eval_shape(partial(init_state, at))
+                places = sharding.shardings(abstract, mesh)
+                with meter.timing("restore"):
+                    if state is not None:
+                        state = of_stage(at, state)
+                    else:
+                        fresh = partial(runs.initial_state, at, rows, places)
+                        state = checkpoints.restore(start, abstract, places) if start else fresh()
+                    jax.block_until_ready(state)
+                update, check = compiled_step(at, places), corruption.Check(at, mesh)
+                meter.enter(at)
+
+            # ---- data
+            with meter.timing("data_wait"):
+                batch = next(feed)
+
+            # ---- step
+            if config.guard.check_every and n % config.guard.check_every == 0:
+                with read.dog.pause():
+                    check(n, state, batch)
+            if n == start + 1:
+                meter.starts()
+            with read.compiling() if begins else contextlib.nullcontext():
+                state, on_device = update(state, batch)
+            full = config.guard.max_rss_gb is not None and metrics.host_rss_gb() > config.guard.max_rss_gb
+            asked = agreement.ask(stop.asked or (watch.FULL if full else 0))
+
+            # ---- log: the step before, which is done by now
+            stopping = read(*unread) if unread else 0
+            unread = n, on_device, batch, asked
+
+            # ---- evaluate, save
+            last = n == config.steps
+            measure = held[part.start] and (last or (config.heldout.every and n % config.heldout.every == 0))
+            if stopping or last or measure or n % config.save_every == 0:
+                more = {}
+                if measure:
+                    jax.block_until_ready(on_device)  # the step's own time is not the evaluation's
+                    with read.dog.pause(), meter.timing("eval"):
+                        more = evaluate(state.model, held[part.start], at, mesh)
+                stopping, unread = read(*unread, more=more) or stopping, None
+            if stopping or last or n % config.save_every == 0:
+                metadata = {"config": dataclasses.asdict(config), "model": dataclasses.asdict(at.model)}
+                metadata |= {"data": runs.history(config, rows, n)}
+                with read.dog.pause(), meter.timing("checkpoint"):
+                    checkpoints.save(n, metadata, **parts(state))
+                    if stopping or last:
+                        checkpoints.finish()
+            if stopping and not last:
+                raise watch.stopped(n, stopping)
+    return read.last
+
+
+def evaluate(model, sets: list, at: Train, mesh) -> dict:
+    from smoljax import heldout
+
+    rows = at.data.batch_size // at.accumulate
+    return {
+        key: value
+        for held in sets
+        for key, value in heldout.record(held.name, heldout.measure(model, held, rows, at.compute, mesh)).items()
+    }
+
+
+def start_mesh(config: Train, args):
+    from smoljax import runtime, sharding
+
+    processes.start(args, config.guard.heartbeat_s)
+    runtime.start()
+    mesh = sharding.mesh(config.mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for start in (0, *(stage.start for stage in config.stages)):
+        micro = config.at(start).data.batch_size // config.accumulate
+        require(
+            micro % ways == 0,
+            f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
+            "(mesh.data x mesh.fsdp); change one of them",
+        )
+    return mesh
+
+
+def claim(folder: Path, config: Train, stack: contextlib.ExitStack) -> list[str]:
+    """The run's folder for this run alone, until the stack is left. Returns what it changes in a run that goes on."""
+    from smoljax import runs
+
+    changes = runs.open_run(folder, config)
+    busy = f"another `smoljax pretrain` is at work in {folder}; wait for it to end, or name another folder with run=DIR"
+    stack.enter_context(atomic.lock(folder / ".lock", busy))
+    return changes
 
 
 def draw_curves(folder: Path):
@@ -137,59 +220,33 @@ def draw_curves(folder: Path):
         print("no curves.png: pip install smoljax[plot] brings matplotlib", file=sys.stderr)
 
 
-def check_data(config: Train, rows):
-    """The shards' end of document must be the model's, which generation stops at; ids that no text uses are said."""
-    for windows in rows.windows:
-        ours, theirs = config.model.eos_token_id, windows.shards.eos_token_id
-        require(
-            ours is None or theirs is None or theirs in (ours if isinstance(ours, tuple) else (ours,)),
-            f"{windows.shards.path} ends its documents with token {theirs}, but model.eos_token_id is {ours}; "
-            f"set model.eos_token_id={theirs} (and model.bos_token_id)",
-        )
-        ids = windows.shards.vocab_size
-        if ids is not None and ids < config.model.vocab_size:
-            logging.getLogger("smoljax").warning(
-                f"{windows.shards.path} has a tokenizer of {ids} ids, model.vocab_size is {config.model.vocab_size}: "
-                "the other rows of the embedding are never used"
-            )
-
-
-def initial_weights(config: Train, abstract, places, rows):
-    """The weights that config.init_from names, in f32, as this run's model: theta and length may differ, shapes not."""
+def header(config: Train, rows, mesh, start: int) -> str:
     import jax
 
-    from smoljax import weights
-
-    found = weights.read(config.init_from, "float32")
-    theirs, ours = (dataclasses.asdict(m) for m in (found.config, config.model))
-    free = {"rope_theta", "max_position_embeddings", "initializer_range"} | {
-        f"{name}_token_id" for name in ("bos", "eos", "pad")
-    }
-    differ = [f"model.{k} = {ours[k]} (there {theirs[k]})" for k in ours if k not in free and ours[k] != theirs[k]]
-    require(not differ, f"init_from = {config.init_from} has another architecture: {', '.join(differ)}")
-    for windows in rows.windows:
-        weights.check_tokenizer(found, windows.shards)
-    model = jax.tree.unflatten(jax.tree.structure(abstract.model), jax.tree.leaves(found.model))
-    return jax.device_put(model, places.model)
-
-
-def header(config: Train, rows, mesh, start: int) -> str:
     from smoljax.metrics import human
 
-    tokens = config.steps * config.data.batch_size * config.data.seq_len
-    epochs = rows.epochs(config.steps * config.data.batch_size)
+    tokens, epochs = sum(rows.consumed(config.steps).values()), rows.epochs(config.steps)
     device = mesh.devices.flat[0]
     sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
     begin = f"resuming at step {start}" if start else f"from {config.init_from}" if config.init_from else "from scratch"
-    return "\n".join(
-        [
-            f"run      {config.run}, {begin}",
-            f"model    {config.model.parameters:,} parameters, computed in {config.compute.dtype}",
-            f"devices  {mesh.size} x {device.device_kind} ({device.platform}), mesh {sizes}",
-            f"tokens   {human(tokens)} in {config.steps:,} steps of {config.data.batch_size} x {config.data.seq_len}",
-            *(f"data     {name}: {e:.2f} epochs" for name, e in epochs.items()),
+    count = jax.process_count()
+    lines = [
+        f"run      {config.run}, {begin}",
+        f"model    {config.model.parameters:,} parameters, computed in {config.compute.dtype}",
+        f"devices  {mesh.size} x {device.device_kind} ({device.platform}), mesh {sizes}, "
+        f"{count} process{'es' * (count > 1)}",
+        f"tokens   {human(tokens)} in {config.steps:,} steps",
+    ]
+    for part in rows.parts:
+        at = config.at(part.start)
+        left = [f"{skipped} tokens of {name}" for name, skipped in part.skipped.items() if skipped]
+        lines += [
+            f"stage    from step {part.start:,}: {at.data.batch_size} x {at.data.seq_len} tokens, "
+            + f"theta {at.model.rope_theta:g}"
+            + ", documents masked" * at.data.mask_documents
+            + f"; left out: {', '.join(left)}" * bool(left)
         ]
-    )
+    return "\n".join([*lines, *(f"data     {name}: {e:.2f} epochs" for name, e in epochs.items())])
 
 
 if __name__ == "__main__":

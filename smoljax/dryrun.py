@@ -1,0 +1,44 @@
+"""`smoljax pretrain --dry-run`: whether a run fits and computes, before its data are there."""
+
+import dataclasses
+import time
+from functools import partial
+
+import jax
+import numpy as np
+
+from smoljax import metrics, processes, runs, sharding
+from smoljax.config import Train
+from smoljax.step import compiled_step, init_state
+
+
+def run(config: Train, mesh) -> int:
+    """Compile every stage and run one step of it on random tokens; nothing is read or written."""
+    config = dataclasses.replace(config, init_from=None)
+    with jax.set_mesh(mesh):
+        for start in (0, *(stage.start for stage in config.stages)):
+            at = config.at(start)
+            B, T = at.data.batch_size, at.data.seq_len
+            ids = np.random.default_rng(0).integers(0, at.model.vocab_size, (B, T + 1), np.int32)
+            batch = {"tokens": ids[:, :-1], "labels": ids[:, 1:]}
+            batch |= {"segments": np.ones((B, T), np.int32)} if at.data.mask_documents else {}
+            where = sharding.batch_sharding(mesh)
+            batch = {k: jax.make_array_from_callback(v.shape, where, v.__getitem__) for k, v in batch.items()}
+            places = sharding.shardings(jax.eval_shape(partial(init_state, at)), mesh)
+            state = runs.initial_state(at, None, places)
+            begun = time.perf_counter()
+            step = compiled_step(at, places).lower(state, batch).compile()
+            compiled = time.perf_counter()
+            state, values = step(state, batch)
+            loss, norm = (float(values[k]) for k in ("loss", "grad_norm"))
+            ran = time.perf_counter()
+            peak = metrics.device_peak_gb(mesh.devices.flat[0]).get("device/mem_peak_gb")
+            del state
+            if processes.first():
+                memory = f", {peak:.2f} GB at the most on a device" if peak else ""
+                print(
+                    f"stage at {start}: {B} x {T} random tokens, loss {loss:.4f} (guessing is "
+                    f"{np.log(at.model.vocab_size):.4f}), gradient norm {norm:.3f}; compiled in "
+                    f"{compiled - begun:.1f} s, ran in {ran - compiled:.2f} s{memory}"
+                )
+    return 0

@@ -1,0 +1,150 @@
+"""Several processes as one run: they start together, agree, and stop together.
+
+`jax.distributed` does the work. A process that is lost is not mended inside a run: the others exit 75 (or, where the
+coordinator is gone or a peer hangs, JAX aborts them, 134), and configs/launch/restart.sh starts all of them again from
+the last checkpoint. Every process runs the same program; where one alone should act, or one alone knows, they ask here.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+
+import numpy as np
+
+from smoljax.errors import Error, require
+
+RESUMABLE = 75  # EX_TEMPFAIL: the same command goes on from the last checkpoint
+GONE = ("Gloo", "NCCL", "onnection", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")  # in what a collective then says
+INTERRUPTED = 130  # by Ctrl-C, as a shell says it
+
+
+def add_flags(parser: ArgumentParser):
+    what = "several processes where no cluster is detected: "
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help=f"{what}where process 0 listens")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many they are")
+    parser.add_argument("--process-id", type=int, metavar="I", help="which one this is: 0 ... N-1")
+
+
+def start(args: Namespace, heartbeat_s: int):
+    """Join the other processes, before JAX touches a device: by flags, or as JAX detects SLURM, GKE, TPU, Open MPI."""
+    import jax
+
+    given = [args.coordinator, args.num_processes, args.process_id]
+    names = "--coordinator, --num-processes and --process-id"
+    require(given.count(None) in (0, 3), f"{names} go together; found {3 - given.count(None)} of the three")
+    address, count, mine = given
+    if address is not None:
+        fine = address.rpartition(":")[0] and address.rpartition(":")[2].isdecimal()
+        require(bool(fine), f"--coordinator is {address!r}, expected HOST:PORT")
+        require(0 <= mine < count, f"--process-id is {mine}, expected 0 ... {count - 1} of --num-processes {count}")
+        if count == 1:
+            return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # GPUs and TPUs have their own
+    try:
+        jax.distributed.initialize(address, count, mine, heartbeat_timeout_seconds=heartbeat_s)
+    except ValueError as e:
+        if address is not None or "coordinator_address" not in str(e):
+            raise Error(f"the processes cannot be started together: {e}") from e
+        expected = {k: os.environ[k] for k in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE") if k in os.environ}
+        alone = all(value == "1" for value in expected.values())
+        require(alone, f"the cluster has started {expected} processes, but JAX does not find the others; give {names}")
+    except RuntimeError as e:
+        if address is None and "before any JAX calls" in str(e):  # called from Python that computes already: alone
+            return
+        # Nobody at the address, or fewer processes than said, within JAX's 5 minutes.
+        raise Error(f"the processes do not find each other: {str(e).splitlines()[0]}") from e
+
+
+def index() -> int:
+    import jax
+
+    return jax.process_index()
+
+
+def first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return index() == 0
+
+
+def on_first(do):
+    """do() on process 0, its result on all of them; and an Error there is an Error everywhere."""
+    import jax
+
+    if jax.process_count() == 1:
+        return do()
+    result = error = None
+    if first():
+        try:
+            result = do()
+        except Error as e:
+            error = [e.code, str(e)]
+    result, error = share([result, error])
+    if error is not None:
+        raised = Error(error[1])
+        raised.code = error[0]
+        raise raised
+    return result
+
+
+def share(value):
+    """Process 0's value on every process; what JSON can hold."""
+    from jax.experimental import multihost_utils
+
+    sent = np.frombuffer(json.dumps(value).encode(), np.uint8) if first() else np.zeros(0, np.uint8)
+    padded = np.zeros(int(multihost_utils.broadcast_one_to_all(np.int32(len(sent)))), np.uint8)
+    padded[: len(sent)] = sent
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+class Agreement:
+    """One number of every process, and the largest of them on all: `ask` now, read the array a step later."""
+
+    def __init__(self, mesh):
+        import jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding
+        from jax.sharding import PartitionSpec as P
+
+        self.alone, self.count = jax.process_count() == 1, mesh.size
+        self.split, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+        self.largest = jax.jit(jnp.max, out_shardings=whole)
+
+    def ask(self, value: int):
+        import jax
+
+        if self.alone:
+            return value
+        here = np.full(jax.local_device_count(), value, np.int32)
+        return self.largest(jax.make_array_from_process_local_data(self.split, here, (self.count,)))
+
+
+@contextlib.contextmanager
+def together():
+    """Around what all processes do: one that fails alone ends at once, for the others wait for it in a collective.
+
+    What a collective says when a peer is gone is exit 75: start all of them again.
+    """
+    import jax
+
+    try:
+        yield
+    except Exception as e:
+        if jax.process_count() == 1 or getattr(e, "code", 0) in (RESUMABLE, INTERRUPTED):  # agreed on by all
+            raise
+        if isinstance(e, Error):
+            leave(str(e), e.code)
+        if isinstance(e, jax.errors.JaxRuntimeError) and any(word in str(e) for word in GONE):
+            leave(f"a process is gone ({str(e).splitlines()[0][:200]}); start all again, the run goes on", RESUMABLE)
+        traceback.print_exc()
+        leave("process failed", 1)
+
+
+def leave(sentence: str, code: int):
+    """End at once, whatever other threads and processes wait for."""
+    print(f"smoljax: {sentence}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,74 @@
+"""What is known of a step once it is done, which is while the next one runs: nothing here waits for the newest step."""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from smoljax import dumps, metrics, processes, sinks, watch
+from smoljax.config import Train
+from smoljax.errors import Error
+
+
+class Readings:
+    """What is known of a step when it is done, while the next one runs: logged, dumped where its update was skipped."""
+
+    def __init__(self, config: Train, rows, mesh, start: int, checkpoints, meter):
+        self.config, self.rows, self.mesh, self.checkpoints, self.meter = config, rows, mesh, checkpoints, meter
+        folder, guard = Path(config.run), config.guard
+        self.dog = watch.Watchdog(guard.watchdog, guard.watchdog_s, folder / f"stacks-{processes.index()}.txt")
+        self.logs = []
+        if processes.first():
+            self.logs.append(metrics.Log(folder, start, config.steps))
+            if config.sinks:
+                self.logs.append(sinks.Sinks(config.sinks, folder, dataclasses.asdict(config), start))
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        for part in (self.dog, *self.logs):
+            self.stack.enter_context(part)
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def compiling(self):
+        both = contextlib.ExitStack()
+        both.enter_context(self.dog.pause())
+        both.enter_context(self.meter.timing("compile"))
+        return both
+
+    def __call__(self, n: int, on_device: dict, batch: dict, asked, more: dict | None = None) -> int:
+        """Waits for step n alone. Returns what Agreement was asked at step n: why to stop, or 0.
+
+        With `more`, which goes into the record, it is recorded in any case; else at every log_every-th step.
+        """
+        values = self.last = {name: np.asarray(value).item() for name, value in on_device.items()}
+        self.dog.beat()
+        self.checkpoints.check()
+        if more is not None or n % self.config.log_every == 0:
+            consumed = self.rows.consumed(n)
+            record = self.meter.record(n, values, sum(consumed.values()))
+            record |= {"data/epochs": self.rows.epochs(n), "data/tokens": consumed} | (more or {})
+            for log in self.logs:
+                log.write(record)
+        if values["skipped"]:
+            self.dump(n, batch, values)
+        return int(np.asarray(asked))
+
+    def dump(self, n: int, batch: dict, values: dict):
+        """Keep what `smoljax replay` needs of a step whose update was skipped; too many in a row are an Error."""
+        before = self.rows.consumed(n - 1)
+        where = dumps.write(Path(self.config.run), n, self.config, batch, values, before, self.mesh)
+        found = f"step {n}: loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g}"
+        again = f"`smoljax replay {where}` repeats it"
+        if values["in_a_row"] >= self.config.guard.max_skips:
+            raise Error(
+                f"{found}; {values['in_a_row']} updates in a row could not be applied (guard.max_skips), the run "
+                f"stops here. Its newest checkpoint is {self.checkpoints.latest or 'none'}; {again}; "
+                "try a lower optim.lr"
+            )
+        if processes.first():
+            print(f"smoljax: {found}: the update was not applied; {again}", file=sys.stderr)

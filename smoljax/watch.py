@@ -1,0 +1,112 @@
+"""What looks at a run from outside its loop: signals that ask it to stop, and a watchdog that sees it stand still."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from smoljax.errors import Error
+from smoljax.processes import INTERRUPTED, RESUMABLE, leave
+
+FULL = 1  # why to stop, beside the signals' numbers: host memory is beyond guard.max_rss_gb
+
+
+def stopped(n: int, why: int) -> Error:
+    """The run has saved and ends, for the same command to go on."""
+    reason = "host memory is beyond guard.max_rss_gb" if why == FULL else f"{signal.Signals(why).name} came"
+    e = Error(f"{reason}; step {n} is saved, the same command goes on from there")
+    e.code = INTERRUPTED if why == signal.SIGINT else RESUMABLE
+    return e
+
+
+class Stop:
+    """SIGTERM (a scheduler) and SIGINT (Ctrl-C) ask the loop to save and end; a second one ends it at once.
+
+    `asked` is 0 or the signal's number. The run has `grace_s` seconds from the first signal, saved or not: schedulers
+    kill without warning after theirs (SLURM 30 s, Kubernetes 30 s, spot machines 30 to 120 s, unless told otherwise).
+    """
+
+    def __init__(self, grace_s: float):
+        self.grace_s, self.asked, self.timer = grace_s, 0, None
+
+    def __enter__(self):
+        here = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT) if here}
+        return self
+
+    def __exit__(self, *_):
+        if self.timer:
+            self.timer.cancel()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number, frame):
+        code = INTERRUPTED if number == signal.SIGINT else RESUMABLE
+        if self.asked:
+            os._exit(code)
+        self.asked = number
+        os.write(2, b"\nsmoljax: saving, then stopping; a second signal stops at once\n")
+        late = f"no checkpoint within guard.grace_s = {self.grace_s:g} s of the signal; the last one stands"
+        self.timer = threading.Timer(self.grace_s, leave, (late, code))
+        self.timer.daemon = True
+        self.timer.start()
+
+
+class Watchdog:
+    """Ends the process, with the stacks of all its threads in `file`, when no step has come for too long.
+
+    Too long is `factor` times the median of the last 100 steps and at least `least` seconds; compiling, saving and
+    measuring are not steps and are not watched.
+    """
+
+    def __init__(self, factor: float, least: float, file: Path):
+        self.factor, self.least, self.file = factor, least, file
+        self.times, self.last, self.paused = deque(maxlen=100), None, 0
+        self.closed = threading.Event()
+
+    def __enter__(self):
+        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.closed.set()
+
+    def beat(self):
+        """A step is done."""
+        now = time.monotonic()
+        if self.last is not None:
+            self.times.append(now - self.last)
+        self.last = now
+
+    @contextlib.contextmanager
+    def pause(self):
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+            self.last = time.monotonic()  # watched from the first step's compilation on
+
+    def limit(self) -> float:
+        return max(self.least, self.factor * statistics.median(self.times)) if self.times else self.least
+
+    def watch(self):
+        while not self.closed.wait(min(1.0, self.least / 10)):
+            last = self.last
+            if last is not None and not self.paused and time.monotonic() - last > self.limit():
+                self.bite(time.monotonic() - last)
+
+    def bite(self, seconds: float):
+        with contextlib.suppress(OSError), open(self.file, "w") as f:
+            faulthandler.dump_traceback(f)
+        faulthandler.dump_traceback(sys.__stderr__)
+        leave(
+            f"no step for {seconds:.0f} s (limit {self.limit():.0f} s); stacks of all threads are in {self.file}",
+            RESUMABLE,
+        )
