@@ -15,7 +15,7 @@ from smoljax.step import compiled_step, init_state
 def run(config: Train, mesh) -> int:
     """Compile every stage and run one step of it on random tokens; nothing is read or written."""
     config = dataclasses.replace(config, init_from=None)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), runs.memory(config, mesh):
         for start in (0, *(stage.start for stage in config.stages)):
             at = config.at(start)
             B, T = at.data.batch_size, at.data.seq_len

@@ -19,7 +19,7 @@ class Readings:
         self.config, self.rows, self.mesh, self.checkpoints, self.meter = config, rows, mesh, checkpoints, meter
         folder, guard = Path(config.run), config.guard
         self.dog = watch.Watchdog(guard.watchdog, guard.watchdog_s, folder / f"stacks-{processes.index()}.txt")
-        self.logs = []
+        self.logs, self.records, self.usual_gb = [], 0, 0.0
         if processes.first():
             self.logs.append(metrics.Log(folder, start, config.steps))
             if config.sinks:
@@ -54,9 +54,19 @@ class Readings:
             record |= {"data/epochs": self.rows.epochs(n), "data/tokens": consumed} | (more or {})
             for log in self.logs:
                 log.write(record)
+            self.notice(record["host/rss_gb"])
         if values["skipped"]:
             self.dump(n, batch, values)
         return int(np.asarray(asked))
+
+    def notice(self, rss_gb: float):
+        """Say it when the process has grown by half and a gigabyte since the run was under way; and again after that."""
+        self.records += 1
+        if self.records <= 20:  # until then buffers and caches fill
+            self.usual_gb = rss_gb
+        elif rss_gb > 1.5 * self.usual_gb + 1:
+            print(f"smoljax: host memory grew from {self.usual_gb:.2f} to {rss_gb:.2f} GB", file=sys.stderr)
+            self.usual_gb = rss_gb
 
     def dump(self, n: int, batch: dict, values: dict):
         """Keep what `smoljax replay` needs of a step whose update was skipped; too many in a row are an Error."""

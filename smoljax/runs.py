@@ -4,6 +4,7 @@ RUN/config.json   the resolved config      RUN/tokenizer.json    the shards' tok
 RUN/metrics.jsonl see metrics.py           RUN/checkpoints/STEP  see checkpoint.py
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import jax
 
-from smoljax import atomic, checkpoint, settings, tokenizer, weights
+from smoljax import atomic, budget, checkpoint, settings, tokenizer, weights
 from smoljax.config import Guard, Train
 from smoljax.data import Rows
-from smoljax.errors import CheckpointError, DataError, UsageError, require
+from smoljax.errors import CheckpointError, DataError, Error, UsageError, require
 from smoljax.step import TrainState, init_state
 
 # What a resumed run may change: how it computes, watches and reports, and what lies ahead. All else is refused; data
@@ -138,7 +139,7 @@ def check_data(config: Train, rows: Rows):
 
 def check_disk(folder: Path, config: Train):
     """Room for the checkpoints that are kept and the one being written: f32 weights and two moments, 12 B each."""
-    size = 12 * config.model.parameters
+    size = budget.checkpoint_bytes(config.model)
     there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
     saves = -(-config.steps // config.save_every)
     needed, free = size * min(config.keep + 1, saves) - there, shutil.disk_usage(folder).free
@@ -147,6 +148,20 @@ def check_disk(folder: Path, config: Train):
         f"{folder} has {free / 1e9:.2f} GB free, its checkpoints need {needed / 1e9:.2f} GB more "
         f"({size / 1e9:.2f} GB each); make room, or set keep={config.keep} lower",
     )
+
+
+@contextlib.contextmanager
+def memory(config: Train, mesh):
+    """Around a run's steps: where a device has not enough memory, the sentence says what was needed and what helps."""
+    try:
+        yield
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise Error(
+            f"a device has not enough memory: {budget.memory_sentence(config, mesh.size)}. Raise accumulate "
+            f"(now {config.accumulate}), set compute.remat=true, or use more devices ({str(e).splitlines()[0][:200]})"
+        ) from e
 
 
 def initial_state(config: Train, rows: Rows | None, places: TrainState) -> TrainState:

@@ -44,7 +44,7 @@ class Stop:
         if self.timer:
             self.timer.cancel()
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set by another language than Python
 
     def hear(self, number, frame):
         code = INTERRUPTED if number == signal.SIGINT else RESUMABLE

@@ -14,7 +14,7 @@ LINES = [
     {"errors"},
     {"config"},
     {"settings", "nanotron_config", "nanotron_yaml", "atomic", "sharding", "rope", "attention", "shards", "text"},
-    {"hf_config", "template", "guard", "processes", "budget", "sums"},
+    {"hf_config", "template", "guard", "processes", "sums"},
     {"tokenizer_file", "tokenizer", "encode", "executors", "chat"},
     {"companions", "tensors", "fetch"},
     {"model", "gguf_header", "hub"},

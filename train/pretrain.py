@@ -76,18 +76,17 @@ def main(argv=None) -> int:
         if start:
             runs.check_same_data(config, rows, start, checkpoints.metadata(start)["data"])
             if start >= config.steps:
-                draw_curves(folder)
+                processes.on_first(partial(draw_curves, folder))
                 print(f"{folder} is at step {start} already, steps = {config.steps}; raise steps to go on")
                 return 0
         processes.on_first(partial(runs.check_disk, folder, config))
         processes.on_first(partial(runs.write_run, folder, config, rows))
         if processes.first():
-            print(
-                *(f"resuming with {change}" for change in changes), sep="\n", end="\n" * bool(changes), file=sys.stderr
-            )
+            for change in changes:
+                print(f"resuming with {change}", file=sys.stderr)
             print(header(config, rows, mesh, start), file=sys.stderr, flush=True)
         meter = metrics.Meter(config.at(start), mesh.devices.flat, start, spent, begun)
-        with processes.together():
+        with processes.together(), runs.memory(config, mesh):
             last = train(config, rows, held, mesh, start, checkpoints, meter, stop)
 
     # ---- result
