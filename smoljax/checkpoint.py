@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from smoljax.model import SmolLM, abstract
 from smoljax.sharding import is_variable
 from smoljax.step import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each stage of each save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports each stage of each save, and what it raises too
 
 
 class Checkpoints:
@@ -59,6 +60,9 @@ class Checkpoints:
         try:
             if kind is None:
                 self.finish()
+            else:
+                with contextlib.suppress(CheckpointError):  # what ended the run is not to be hidden by a save
+                    self.wait()
         finally:
             self.background.shutdown()
             self.orbax.close()
@@ -111,14 +115,19 @@ class Checkpoints:
         """Until the save in flight is on disk; a CheckpointError where the last one failed."""
         self.failures = 1
         self.wait()
+        if self.failed:
+            raise self.error
 
     def fail(self, step: int, e: Exception):
+        with contextlib.suppress(Exception):
+            self.orbax.wait()  # Orbax raises a failure once in each thread: here, and not from the next save
+        shutil.rmtree(self.folder / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)  # room for the next one
         kept = [s for s in steps(self.folder.parent) if s < step]
         stands = f"checkpoint {kept[-1]} stands" if kept else "there is none before it"
         sentence = f"checkpoint {step} could not be written into {self.folder}: {root_cause(e)}; {stands}"
-        self.failed += 1
+        self.failed, self.error = self.failed + 1, CheckpointError(sentence)
         if self.failed >= self.failures:
-            raise CheckpointError(sentence) from e
+            raise self.error from e
         print(f"smoljax: {sentence}; training goes on to the next save", file=sys.stderr)
 
     def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:

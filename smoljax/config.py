@@ -250,6 +250,18 @@ class Mesh:
             "at most one of them -1",
         )
 
+    def axes(self, devices: int) -> dict[str, int]:
+        """{"data": ..., "fsdp": ..., "tensor": ...}, -1 filled in; a UsageError when they do not make up `devices`."""
+        known = self.data * self.fsdp * self.tensor
+        rest = devices // -known if known < 0 else 1
+        total = abs(known) * rest
+        require(
+            total == devices,
+            f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor} needs {max(total, abs(known))} devices, "
+            f"found {devices}; set mesh.data, mesh.fsdp, mesh.tensor to a product of {devices}",
+        )
+        return {name: rest if size == -1 else size for name, size in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class Train:

@@ -22,6 +22,7 @@ from smoljax import atomic, checkpoint, processes
 from smoljax.config import Train
 from smoljax.errors import DataError
 
+CONTENT = {"step": int, "loss": str, "grad_norm": str, "processes": int, "run": str, "config": dict}  # of dump.json
 PINNED = 3  # dumps that hold their checkpoint back from deletion: 12 B a parameter each
 
 
@@ -55,25 +56,31 @@ def local(batch: dict) -> tuple[np.ndarray, dict]:
 
 def pin(run: Path, folder: Path, n: int):
     """Hold the newest checkpoint before step n by hard links, which cost nothing until the run deletes its own."""
+    kept, part = folder / "checkpoints", folder / "checkpoints.part"
     before = [step for step in checkpoint.steps(run) if step < n]
-    if not before or len(list((run / "dumps").glob("*/checkpoints"))) >= PINNED:
+    others = [pinned for pinned in (run / "dumps").glob("*/checkpoints") if pinned != kept]
+    if not before or len(others) >= PINNED:
         return
-    kept = folder / "checkpoints" / str(before[-1])
+    shutil.rmtree(part, ignore_errors=True)
     with contextlib.suppress(OSError):  # where links are not possible, the run's own checkpoint serves while it lives
-        shutil.copytree(run / "checkpoints" / str(before[-1]), kept, copy_function=os.link, dirs_exist_ok=True)
-        return
-    shutil.rmtree(kept.parent, ignore_errors=True)
+        shutil.copytree(run / "checkpoints" / str(before[-1]), part / str(before[-1]), copy_function=os.link)
+        shutil.rmtree(kept, ignore_errors=True)  # of the same step, before the run was resumed
+        os.replace(part, kept)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def read(folder: Path) -> tuple[dict, dict]:
-    """(dump.json, the batch as numpy arrays BT) of a dump."""
+    """(dump.json, the batch as numpy arrays BT) of a dump. A DataError where any of it is missing or damaged."""
     try:
         content, by_row = json.loads((folder / "dump.json").read_text()), {}
+        wrong = [name for name, kind in CONTENT.items() if not isinstance(content[name], kind)]
+        if wrong:
+            raise ValueError(f"dump.json has {wrong[0]} = {content[wrong[0]]!r}")
         for p in range(content["processes"]):
             with np.load(folder / f"rows-{p}.npz", allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             by_row |= {int(r): {k: v[i] for k, v in arrays.items()} for i, r in enumerate(arrays.pop("rows"))}
         rows = [by_row[r] for r in range(len(by_row))]
-    except (OSError, ValueError, KeyError) as e:
+        return content, {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    except Exception as e:  # zipfile, zlib and NumPy each have their own for what is damaged
         raise DataError(f"{folder} is no whole dump ({type(e).__name__}: {e}); expected RUN/dumps/STEP") from None
-    return content, {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -123,15 +123,17 @@ def job_name(work: Path) -> str:
 
 
 def queue(name: str) -> list[str]:
-    """State and reason of the job's parts that wait or run: ["PENDING (Priority)", "RUNNING (None)"]."""
+    """State and reason of the job's parts that wait or run: ["PENDING (Priority)", "RUNNING"]."""
     command = ["squeue", "--noheader", "--name", name, "--user", str(os.getuid()), "--format", "%T (%r)"]
-    for _ in range(30):  # slurmctld is deaf at times
+    for attempt in range(30):  # slurmctld is deaf at times
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
             raise UsageError("there is no squeue here: run it where SLURM's commands are, as on a login node") from None
         if not done.returncode:
-            return sorted(set(done.stdout.splitlines()))
+            return sorted({line.removesuffix(" (None)") for line in done.stdout.splitlines()})
+        if not attempt:
+            say(f"squeue fails, trying again for {30 * POLL:.0f} s: {done.stderr.strip()}")
         time.sleep(POLL)
     raise Error(f"squeue fails: {done.stderr.strip()}; the job may go on, run the same command again to wait for it")
 

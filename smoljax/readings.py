@@ -60,7 +60,7 @@ class Readings:
         return int(np.asarray(asked))
 
     def notice(self, rss_gb: float):
-        """Say it when the process has grown by half and a gigabyte since the run was under way; and again after that."""
+        """Say it when the process has grown by half and a gigabyte since the run was under way; and then again."""
         self.records += 1
         if self.records <= 20:  # until then buffers and caches fill
             self.usual_gb = rss_gb

@@ -156,7 +156,7 @@ def memory(config: Train, mesh):
     try:
         yield
     except Exception as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if isinstance(e, Error) or "RESOURCE_EXHAUSTED" not in str(e):  # a full disk is one too
             raise
         raise Error(
             f"a device has not enough memory: {budget.memory_sentence(config, mesh.size)}. Raise accumulate "

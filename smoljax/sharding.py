@@ -13,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smoljax import config
-from smoljax.errors import UsageError
 
 WEIGHTS = dict(V="tensor", D="fsdp", N="tensor", K="tensor", F="tensor")
 ACTIVATIONS = dict(B=("data", "fsdp"), V="tensor", N="tensor", K="tensor", F="tensor")
@@ -22,17 +21,7 @@ ACTIVATIONS = dict(B=("data", "fsdp"), V="tensor", N="tensor", K="tensor", F="te
 def mesh(sizes: config.Mesh, devices=None) -> jax.sharding.Mesh:
     """The device mesh; -1 is filled in from the number of devices. Raises UsageError when the sizes do not fit."""
     devices = devices or jax.devices()
-    axes = dict(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
-    known = 1
-    for size in axes.values():
-        known *= max(size, 1)
-    axes = {name: len(devices) // known if size == -1 else size for name, size in axes.items()}
-    total = axes["data"] * axes["fsdp"] * axes["tensor"]
-    if total != len(devices):
-        raise UsageError(
-            f"mesh data={sizes.data} fsdp={sizes.fsdp} tensor={sizes.tensor} needs {max(total, known)} devices, "
-            f"found {len(devices)}; set mesh.data, mesh.fsdp, mesh.tensor to a product of {len(devices)}"
-        )
+    axes = sizes.axes(len(devices))
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

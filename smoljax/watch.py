@@ -30,23 +30,42 @@ class Stop:
 
     `asked` is 0 or the signal's number. The run has `grace_s` seconds from the first signal, saved or not: schedulers
     kill without warning after theirs (SLURM 30 s, Kubernetes 30 s, spot machines 30 to 120 s, unless told otherwise).
+
+    A thread hears them, through a pipe that the interpreter's C handler writes to: a Python handler would wait until
+    the main thread comes back from compiling, or from a collective that never ends.
     """
 
     def __init__(self, grace_s: float):
-        self.grace_s, self.asked, self.timer = grace_s, 0, None
+        self.grace_s, self.asked, self.timer, self.before = grace_s, 0, None, {}
 
     def __enter__(self):
-        here = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-        self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT) if here}
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            self.pipe = os.pipe()
+            os.set_blocking(self.pipe[1], False)
+            self.wakeup = signal.set_wakeup_fd(self.pipe[1])
+            self.thread = threading.Thread(target=self.listen, name="signals", daemon=True)
+            self.thread.start()
+            self.before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
         if self.timer:
             self.timer.cancel()
-        for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: set by another language than Python
+        if self.before:
+            for number, handler in self.before.items():
+                signal.signal(number, handler or signal.SIG_DFL)  # None: set by another language than Python
+            signal.set_wakeup_fd(self.wakeup)
+            os.write(self.pipe[1], b"\0")
+            self.thread.join()
+            for end in self.pipe:
+                os.close(end)
 
-    def hear(self, number, frame):
+    def listen(self):
+        while number := os.read(self.pipe[0], 1)[0]:
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self.hear(number)
+
+    def hear(self, number: int):
         code = INTERRUPTED if number == signal.SIGINT else RESUMABLE
         if self.asked:
             os._exit(code)
@@ -62,7 +81,7 @@ class Watchdog:
     """Ends the process, with the stacks of all its threads in `file`, when no step has come for too long.
 
     Too long is `factor` times the median of the last 100 steps and at least `least` seconds; compiling, saving and
-    measuring are not steps and are not watched.
+    measuring are not steps and are not watched. The first of these that is over starts the clock.
     """
 
     def __init__(self, factor: float, least: float, file: Path):
@@ -90,8 +109,8 @@ class Watchdog:
         try:
             yield
         finally:
+            self.last = time.monotonic()  # first: the pause may have been longer than the limit
             self.paused -= 1
-            self.last = time.monotonic()  # watched from the first step's compilation on
 
     def limit(self) -> float:
         return max(self.least, self.factor * statistics.median(self.times)) if self.times else self.least
@@ -105,7 +124,8 @@ class Watchdog:
     def bite(self, seconds: float):
         with contextlib.suppress(OSError), open(self.file, "w") as f:
             faulthandler.dump_traceback(f)
-        faulthandler.dump_traceback(sys.__stderr__)
+        with contextlib.suppress(Exception):  # where stderr is no file
+            faulthandler.dump_traceback(sys.__stderr__)
         leave(
             f"no step for {seconds:.0f} s (limit {self.limit():.0f} s); stacks of all threads are in {self.file}",
             RESUMABLE,

@@ -99,3 +99,14 @@ def test_words_are_one_token_each_and_differ(tmp_path):
     assert len(words.encode(recall.text(pairs, some)).ids) == 61
     with pytest.raises(UsageError, match="lower-case words of one token, expected 1009"):
         recall.choose_words(words, 1000, 8)
+
+
+def test_a_row_of_several_documents_is_as_long(tmp_path):
+    lengths = set()
+    for seed in range(12):
+        row = recall.row(64, WORDS, random.Random(seed))
+        documents = row.split(tokenizer.EOS)
+        lengths.add(len(documents))
+        assert sum(len(ids(document)) + 1 for document in documents) == 64  # each with its end
+        assert all(document.startswith(" mark ") for document in documents)
+    assert lengths == {1, 2, 4, 8}

@@ -1,5 +1,6 @@
 """`smoljax pretrain` from outside: resume bit for bit, other meshes, extension, and a user's mistakes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from infer import convert
 from smoljax import checkpoint, metrics, readings, runs, settings, sharding, step
+from smoljax.data import Rows
 from smoljax.errors import run
 from smoljax.step import init_state
 from train import pretrain
@@ -144,6 +146,56 @@ def test_init_from_takes_the_weights_and_not_the_moments(place):
     assert any((base[n] != first[n]).any() for n in base if ".mu." in n)
     _, config, step = checkpoint.load_model(place / "longer")
     assert (config.rope_theta, config.max_position_embeddings, step) == (100_000, 256, 2)
+
+
+def test_a_stage_has_its_own_length_theta_and_masking(place, capsys):
+    """Each checkpoint says the model that its last update trained, and the stage's loss is that of its theta."""
+    stage = '[{"start": 3, "seq_len": 64, "rope_theta": 500000, "mask_documents": false}]'
+    short = ("model.max_position_embeddings=32", "keep=9", "save_every=1", "steps=5", f"stages={stage}")
+    assert pretrain.main(words(place, "stages", *short, "mesh.fsdp=4", "mesh.tensor=2")) == 0
+    assert "stage    from step 3: 4 x 64 tokens, theta 500000" in capsys.readouterr().err
+    sizes = {step: checkpoint.load_model(place / f"stages/checkpoints/{step}")[1] for step in range(1, 6)}
+    assert {n: (m.rope_theta, m.max_position_embeddings) for n, m in sizes.items()} == {
+        n: (10_000, 32) if n <= 3 else (500_000, 64) for n in range(1, 6)
+    }
+    config = settings.load(str(place / "tiny.py"), words(place, "stages", *short)[1:])
+    model, _, _ = checkpoint.load_model(place / "stages/checkpoints/3")
+    batch = [Rows(config).row(3, i) for i in range(4)]
+    batch = {k: np.stack([row[k] for row in batch]) for k in batch[0]}
+    assert set(batch) == {"tokens", "labels"} and batch["tokens"].shape == (4, 64)
+    found = metrics.read(place / "stages")[3]["train/loss"]
+    for theta in (500_000.0, 10_000.0):
+        model.config = dataclasses.replace(model.config, rope_theta=theta)
+        nats = np.asarray(step.losses(model, batch, config.compute))
+        loss = nats.sum() / (batch["labels"] != -1).sum()
+        assert (abs(loss - found) < 2e-6) == (theta == 500_000), (theta, loss, found)
+    assert [r["train/tokens"] for r in metrics.read(place / "stages")] == [256, 512, 768, 1024, 1280]
+
+
+def test_what_does_not_fit_says_what_it_needs(place, capsys, monkeypatch):
+    def full(config, places):
+        def update(state, batch):
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
+
+        return update
+
+    monkeypatch.setattr(step, "compiled_step", full)
+    assert run(pretrain.main, words(place, "oom")) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a device has not enough memory: by formula a device needs 0.00 GB" in err
+    assert "Raise accumulate (now 1), set compute.remat=true, or use more devices" in err
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+    stage = 'stages=[{"start": 2, "seq_len": 64}]'
+    assert run(pretrain.main, ["tiny.py", "--dry-run", stage, "data.sources=nowhere"]) == 2
+    assert "a micro-batch of 4 rows (data.batch_size / accumulate) does not split over 8" in capsys.readouterr().err
+    assert pretrain.main(["tiny.py", "--dry-run", "data.sources=nowhere", "run=runs/dry"]) == 0
+    out = capsys.readouterr().out
+    assert "stage at 0: 8 x 32 random tokens, loss 4." in out and "guessing is 4.1589" in out
+    assert sorted(place.iterdir()) == before
 
 
 MISTAKES = {

@@ -28,7 +28,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("smoljax demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo-out"), metavar="DIR", help="default: demo-out")
     parser.add_argument("settings", nargs="*", metavar="a.b=c", help="settings for the pretraining, such as steps=200")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     out, begun = args.output, time.monotonic()
     runtime.hear_interrupts()
     mark = out / "smoljax-demo"  # what is deleted below is an earlier demo's and nobody else's

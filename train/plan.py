@@ -4,9 +4,9 @@
     smoljax plan smollm2-1.7b --devices 64 --accelerator H100 --mfu 0.4
     smoljax plan mine.py data.batch_size=256 --no-compile --json
 
-Nothing is trained, written or allocated, and no accelerator is touched: memory comes from formulas (smoljax/budget.py)
-and from compiling the training step for as many pretended devices. What is not there yet is no mistake; what is there
-and wrong ends with pretrain's own sentence and exit code, after everything was printed.
+Nothing is trained or allocated, nothing but JAX's compilation cache is written, and no accelerator is touched: memory
+comes from formulas (smoljax/budget.py) and from compiling the training step for as many pretended devices. What is not
+there yet is no mistake; what is there and wrong ends with pretrain's own sentence and exit code, after all was printed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from smoljax.config import Train
 from smoljax.errors import Error, require, run
 
 PRETENDED = 256  # devices at the most: as quick to compile for as one; 4,096 take 5 s more
-FLOAT32 = "; a CPU keeps bfloat16 as float32, up to twice as much as a GPU or TPU"
+FLOAT32 = "; compilers for CPUs may keep bfloat16 as float32, up to twice as much"
 
 
 def main(argv=None) -> int:
@@ -144,7 +144,7 @@ class Checks:
 
 
 def shape(config: Train, devices: int):
-    mesh = budget.axes(config.mesh, devices)
+    mesh = config.mesh.axes(devices)
     return True, words(mesh), mesh
 
 
@@ -181,7 +181,7 @@ def text(config: Train, checks: Checks) -> dict:
     needed = tokens(config)
     found = checks.add("data", partial(shards, config, list(needed)))
     if found:
-        checks.add("tokenizer", partial(belongs, config, found))
+        checks.add("tokenizer_and_epochs", partial(belongs, config, found))
     epochs = found.epochs(config.steps) if found else {}
     if config.heldout.sets:
         checks.add("heldout", partial(measured, config, found))
@@ -272,11 +272,13 @@ def disk(config: Train, need: int):
     there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
     place = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(place).free + there
-    require(
-        need <= free,
+    room = (
         f"{config.run} will hold {need / 1e9:.2f} GB, {place} has room for {free / 1e9:.2f}; make room, set keep lower "
-        "or keep_every higher, or name another place with run=DIR",
     )
+    room += "or keep_every higher, or name another place with run=DIR"
+    if need > free and place != folder:  # the run may be planned elsewhere than where it will be
+        return None, room, None
+    require(need <= free, room)
     return True, f"{need / 1e9:.2f} GB needed, {place} has room for {free / 1e9:.2f}", None
 
 
@@ -309,7 +311,7 @@ def page(config: Train, plan: dict) -> str:
         f"checkpoint   {p['checkpoint_bytes'] / 1e9:.2f} GB, the run's folder up to {p['disk_bytes'] / 1e9:.2f} GB",
     ]
     for name, s in p["sources"].items():
-        passes = "" if s["epochs"] is None else f", it is read {s['epochs']:.2f} times"
+        passes = "" if s["epochs"] is None else f", it is read {s['epochs']:,.2f} times"
         lines.append(f"source       {name}: {s['tokens']:,} tokens needed{passes}")
     mark = {True: "ok", False: "NO", None: "?"}
     return "\n".join([*lines, *(f"{mark[c['ok']]:12s} {c['name']}: {c['found']}" for c in p["checks"])])

@@ -35,7 +35,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="compile and run one step on random tokens, no more")
     processes.add_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = settings.load(args.config, args.settings)
     if args.dry_run:
         from smoljax import dryrun

@@ -24,7 +24,7 @@ def main(argv=None) -> int:
     parser.add_argument("dump", type=Path, metavar="DUMP", help="RUN/dumps/STEP, as pretrain names it")
     parser.add_argument("settings", nargs="*", metavar="a.b=c", help="another mesh, or where the data are now")
     parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     import jax
     import numpy as np
