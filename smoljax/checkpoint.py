@@ -77,6 +77,9 @@ class Checkpoints:
     def save(self, step: int, metadata: dict, **trees):
         """Copy the trees to the host and write them in the background; `check` and `wait` raise what goes wrong."""
         self.wait()
+        if self.failed and processes.first():  # room for this one; not sooner, for threads of the other may still write
+            for left in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(left, ignore_errors=True)
         versions = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
         try:
             response = self.orbax.save_checkpointables_async(
@@ -121,7 +124,6 @@ class Checkpoints:
     def fail(self, step: int, e: Exception):
         with contextlib.suppress(Exception):
             self.orbax.wait()  # Orbax raises a failure once in each thread: here, and not from the next save
-        shutil.rmtree(self.folder / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)  # room for the next one
         kept = [s for s in steps(self.folder.parent) if s < step]
         stands = f"checkpoint {kept[-1]} stands" if kept else "there is none before it"
         sentence = f"checkpoint {step} could not be written into {self.folder}: {root_cause(e)}; {stands}"

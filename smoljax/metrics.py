@@ -114,7 +114,7 @@ class Log:
         kept = [r for r in read(run) if r["step"] <= step]
         atomic.write(Path(run) / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
         self.file = open(Path(run) / "metrics.jsonl", "a")
-        self.begun, self.first, self.steps, self.shown = time.monotonic(), step, steps, 0.0
+        self.begun, self.first, self.steps, self.shown = None, step, steps, 0.0
         self.bar = progress_bar(step, steps) if sys.stderr.isatty() else None
 
     def __enter__(self):
@@ -131,13 +131,16 @@ class Log:
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")  # JSON has no NaN: null is a step that had none
         self.file.flush()
         now, last = time.monotonic(), record["step"] == self.steps
-        eta = (now - self.begun) / (record["step"] - self.first) * (self.steps - record["step"])
+        if self.begun is None:  # compiling came before the first record, and says nothing about the others
+            self.begun, self.first, eta = now, record["step"], clock(0) if last else "unknown"
+        else:
+            eta = clock((now - self.begun) / (record["step"] - self.first) * (self.steps - record["step"]))
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=record["step"], text=summary(record))
         elif now - self.shown > 10 or last:  # a log file wants a line now and then, not one a step
             self.shown = now
             done = f"step {record['step']}/{self.steps}"
-            print(f"{done}  {summary(record)}  eta {clock(eta)}", file=sys.stderr, flush=True)
+            print(f"{done}  {summary(record)}  eta {eta}", file=sys.stderr, flush=True)
 
 
 def progress_bar(step: int, steps: int):

@@ -37,8 +37,10 @@ def start(args: Namespace, heartbeat_s: int):
     require(given.count(None) in (0, 3), f"{names} go together; found {3 - given.count(None)} of the three")
     address, count, mine = given
     if address is not None:
-        fine = address.rpartition(":")[0] and address.rpartition(":")[2].isdecimal()
+        host, _, port = address.rpartition(":")
+        fine = host and port.isdecimal() and 0 < int(port) < 2**16
         require(bool(fine), f"--coordinator is {address!r}, expected HOST:PORT")
+        require(count >= 1, f"--num-processes is {count}, expected at least 1")
         require(0 <= mine < count, f"--process-id is {mine}, expected 0 ... {count - 1} of --num-processes {count}")
         if count == 1:
             return
@@ -70,22 +72,24 @@ def first() -> bool:
 
 
 def on_first(do):
-    """do() on process 0, its result on all of them; and an Error there is an Error everywhere."""
+    """do() on process 0, its result on all of them; and what it raises there is an Error everywhere else."""
     import jax
 
     if jax.process_count() == 1:
         return do()
-    result = error = None
+    result = error = raised = None
     if first():
         try:
             result = do()
-        except Error as e:
-            error = [e.code, str(e)]
+        except Exception as e:  # our bugs too: the others would wait for an answer
+            raised, error = e, [getattr(e, "code", 1), str(e) if isinstance(e, Error) else f"process 0 failed: {e!r}"]
     result, error = share([result, error])
-    if error is not None:
-        raised = Error(error[1])
-        raised.code = error[0]
+    if raised is not None:
         raise raised
+    if error is not None:
+        told = Error(error[1])
+        told.code = error[0]
+        raise told
     return result
 
 

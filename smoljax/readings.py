@@ -71,9 +71,12 @@ class Readings:
     def dump(self, n: int, batch: dict, values: dict):
         """Keep what `smoljax replay` needs of a step whose update was skipped; too many in a row are an Error."""
         before = self.rows.consumed(n - 1)
-        where = dumps.write(Path(self.config.run), n, self.config, batch, values, before, self.mesh)
         found = f"step {n}: loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g}"
-        again = f"`smoljax replay {where}` repeats it"
+        try:
+            where = dumps.write(Path(self.config.run), n, self.config, batch, values, before, self.mesh)
+            again = f"`smoljax replay {where}` repeats it"
+        except OSError as e:  # a full disk is no reason to stop
+            again = f"it could not be dumped: {e}"
         if values["in_a_row"] >= self.config.guard.max_skips:
             raise Error(
                 f"{found}; {values['in_a_row']} updates in a row could not be applied (guard.max_skips), the run "

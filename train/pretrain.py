@@ -119,16 +119,16 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                     read(*unread)
                 unread = None
                 part, at = rows.part(n - 1), config.at(n - 1)
-                abstract = jax.eval_shape(partial(init_state, at))
-                places = sharding.shardings(abstract, mesh)
                 with meter.timing("restore"):
+                    abstract = jax.eval_shape(partial(init_state, at))
+                    places = sharding.shardings(abstract, mesh)
+                    update, check = compiled_step(at, places), corruption.Check(at, mesh)
                     if state is not None:
                         state = of_stage(at, state)
                     else:
                         fresh = partial(runs.initial_state, at, rows, places)
                         state = checkpoints.restore(start, abstract, places) if start else fresh()
                     jax.block_until_ready(state)
-                update, check = compiled_step(at, places), corruption.Check(at, mesh)
                 meter.enter(at)
 
             # ---- data

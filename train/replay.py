@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smoljax import settings
 from smoljax.config import Train
-from smoljax.errors import run
+from smoljax.errors import DataError, run
 
 
 def main(argv=None) -> int:
@@ -35,18 +35,24 @@ def main(argv=None) -> int:
 
     content, found = dumps.read(args.dump)
     config = settings.override(settings.from_dict(Train, content["config"]), args.settings)
-    n = content["step"]
+    n, data = content["step"], config.at(content["step"] - 1).data
+    shape = data.batch_size, data.seq_len
+    fits = 1 <= n <= config.steps and all(v.shape == shape and v.dtype == np.int32 for v in found.values())
+    if not fits or set(found) != {"tokens", "labels"} | ({"segments"} if data.mask_documents else set()):
+        raise DataError(f"{args.dump} is no batch of {shape[0]} x {shape[1]} at a step of its run; it is damaged")
     runtime.start()
     mesh = sharding.mesh(config.mesh)
-    rows = Rows(config)
-    at, place = config.at(n - 1), sharding.batch_sharding(mesh)
-    mine = {k: np.stack([rows.row(n - 1, i)[k] for i in range(at.data.batch_size)]) for k in found}
+    rows, place = Rows(config), sharding.batch_sharding(mesh)
+    mine = {k: np.stack([rows.row(n - 1, i)[k] for i in range(data.batch_size)]) for k in found}
     same_rows = all(np.array_equal(mine[k], found[k]) for k in found)
     with jax.set_mesh(mesh):
-        start, state = state_before(config, args.dump, Path(content["run"]), n, rows)
-        dumped = {k: jax.make_array_from_callback(v.shape, place, v.__getitem__) for k, v in found.items()}
+        start, state = state_before(config, args.dump.resolve(), Path(content["run"]), n, rows)
         part = None
-        for m, batch in enumerate(itertools.chain(batches(rows, start, n - 1, place), [dumped]), start):
+        for m, batch in enumerate(itertools.chain(batches(rows, start, n - 1, place), [None]), start):
+            beside = args.dump.resolve().with_name(str(m + 1))  # skipped as well: what was fed, not what is on disk
+            if m + 1 == n or (beside / "dump.json").exists():
+                fed = found if m + 1 == n else dumps.read(beside)[1]
+                batch = {k: jax.make_array_from_callback(v.shape, place, v.__getitem__) for k, v in fed.items()}
             if rows.part(m) is not part:
                 part, state = rows.part(m), of_stage(config.at(m), state)
                 step = compiled_step(config.at(m), sharding.shardings(state, mesh))
@@ -55,33 +61,30 @@ def main(argv=None) -> int:
                 print(f"\rstep {m + 1}/{n}", end="\n" * (m + 1 == n), file=sys.stderr, flush=True)
     now = {k: repr(float(values[k])) for k in ("loss", "grad_norm")}
     same = all(now[k] == content[k] for k in now)
-    result = {
-        "step": n,
-        "from": start,
-        "same": same,
-        "rows_as_on_disk": same_rows,
-        "then": {k: content[k] for k in now},
-    }
-    result["now"] = now
+    result = {"step": n, "from": start, "same": same, "rows_as_on_disk": same_rows}
+    result |= {"then": {k: content[k] for k in now}, "now": now}
     print(json.dumps(result) if args.json else describe(result))
     return 0 if same else 1
 
 
 def state_before(config: Train, dump: Path, folder: Path, n: int, rows):
-    """(updates done, the state after them): the nearest that is known before step n."""
+    """(updates done, the state after them): of the dump, else of the run, else from the beginning."""
     import jax
 
-    from smoljax import checkpoint, runs, sharding
+    from smoljax import checkpoint, runs, sharding, sums
     from smoljax.step import init_state
 
-    mesh = jax.sharding.get_mesh()
-    known = [(step, run) for run in (folder, dump) for step in checkpoint.steps(run) if step < n]
-    start, run = max(known, key=lambda pair: pair[0], default=(0, None))
-    abstract = jax.eval_shape(partial(init_state, config.at(start)))
-    places = sharding.shardings(abstract, mesh)
-    if run is None:
-        return 0, runs.initial_state(config.at(0), rows, places)
-    return start, checkpoint.load_state(run, start, abstract, places)
+    def abstract_and_places(step: int):
+        abstract = jax.eval_shape(partial(init_state, config.at(step)))
+        return abstract, sharding.shardings(abstract, jax.sharding.get_mesh())
+
+    for place in (dump, dump.parent.parent, folder):  # the run may have moved, or its dump
+        for step in reversed([step for step in checkpoint.steps(place) if step < n]):
+            damaged = sums.damage(place / "checkpoints" / str(step))
+            if damaged is None:
+                return step, checkpoint.load_state(place, step, *abstract_and_places(step))
+            print(f"smoljax: checkpoint {step} is damaged: {damaged}; going on with another", file=sys.stderr)
+    return 0, runs.initial_state(config.at(0), rows, abstract_and_places(0)[1])
 
 
 def describe(result: dict) -> str:
