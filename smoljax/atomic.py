@@ -1,10 +1,13 @@
 """A file or a folder is whole or absent: written under another name, then renamed. And one writer at a time."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
+import time
 from pathlib import Path
 
 from smoljax.errors import UsageError, require
@@ -51,12 +54,18 @@ def lock(file: Path, sentence: str):
     The lock falls with the process, however it ends.
     """
     try:
-        held = open(file, "w")
+        held = open(file, "a+")
     except OSError as e:
         raise UsageError(f"{file.parent} cannot be written ({e.strerror}); name another folder") from None
     with held:
         try:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(sentence) from None
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):
+                raise UsageError(f"{file} cannot be locked ({e.strerror}); use a file system with locks") from None
+            held.seek(0)
+            raise UsageError(f"{sentence} ({held.read().strip() or 'it does not say who it is'})") from None
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        held.flush()
         yield

@@ -96,7 +96,13 @@ class Checkpoints:
     def seal(self, step: int, response):
         response.result()
         if processes.first():
+            self.write_sums(step)
+
+    def write_sums(self, step: int):
+        try:
             sums.write(self.folder / str(step))
+        except OSError as e:
+            raise OSError(f"it is complete, but its {sums.NAME} could not be written: {e}") from e
 
     def check(self):
         """Notice what went wrong in a background save as soon as it is known."""
@@ -122,11 +128,14 @@ class Checkpoints:
             raise self.error
 
     def fail(self, step: int, e: Exception):
-        with contextlib.suppress(Exception):
-            self.orbax.wait()  # Orbax raises a failure once in each thread: here, and not from the next save
         kept = [s for s in steps(self.folder.parent) if s < step]
         stands = f"checkpoint {kept[-1]} stands" if kept else "there is none before it"
         sentence = f"checkpoint {step} could not be written into {self.folder}: {root_cause(e)}; {stands}"
+        if jax.process_count() > 1:  # the others may have saved, or wait for us: no collective can be in step again
+            gone = any(word in sentence for word in processes.GONE)
+            processes.leave(sentence, processes.RESUMABLE if gone else CheckpointError.code)
+        with contextlib.suppress(Exception):
+            self.orbax.wait()  # Orbax raises a failure once in each thread: here, and not from the next save
         self.failed, self.error = self.failed + 1, CheckpointError(sentence)
         if self.failed >= self.failures:
             raise self.error from e
@@ -134,7 +143,10 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
         """The state after `step` updates, placed as `shardings` say, whatever mesh and processes wrote it."""
-        return read_state(self.orbax, step, abstract, shardings)
+        state = read_state(self.orbax, step, abstract, shardings)
+        if processes.first() and not (self.folder / str(step) / sums.NAME).exists():
+            self.write_sums(step)  # a kill came between the checkpoint and its hashes, and it could be read
+        return state
 
 
 def parts(state: TrainState) -> dict:
@@ -170,9 +182,9 @@ def newest_sound(run: Path) -> int | None:
         aside.parent.mkdir(exist_ok=True)
         os.rename(folder, aside)
         print(f"smoljax: checkpoint {step} is damaged: {damaged}; it was moved to {aside}", file=sys.stderr)
-    if found:
+    if (run / "damaged").exists():  # also when this is asked again: nothing of a run begins afresh by itself
         raise CheckpointError(
-            f"all {len(found)} checkpoints of {run} are damaged, see {run / 'damaged'}; restore one of them "
+            f"all checkpoints of {run} are damaged, see {run / 'damaged'}; restore one of them "
             "from a copy into checkpoints/STEP, or name a new folder with run=DIR"
         )
     return None

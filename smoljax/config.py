@@ -112,6 +112,7 @@ class Data:
     seq_len: int = 2048  # T
     batch_size: int = 512  # rows a step, over all devices and micro-batches
     mask_documents: bool = False  # False: plain causal attention over the window, as SmolLM was trained
+    chunk: int | None = None  # C: a source is shuffled in pieces of C tokens; None: the run's longest seq_len
     max_epochs: float | None = None  # a source that would be read more often stops the run before it starts
     seed: int = 0
 
@@ -120,6 +121,7 @@ class Data:
         check_sources(self.sources, "data.sources")
         require(self.seq_len >= 1, f"data.seq_len is {self.seq_len}, expected at least 1")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}, expected at least 1")
+        require(self.chunk is None or self.chunk >= 1, f"data.chunk is {self.chunk}, expected none or at least 1")
         limit = self.max_epochs
         require(limit is None or limit > 0, f"data.max_epochs is {limit}, expected none or more than 0")
         require(0 <= self.seed < 2**32, f"data.seed is {self.seed}, expected 0 or more, below 2**32")
@@ -301,6 +303,8 @@ class Train:
             ramps <= self.steps,
             f"optim.warmup_steps + optim.decay_steps = {ramps} do not fit into steps = {self.steps}; set all three",
         )
+        every, k = self.save_every, self.keep_every
+        require(k is None or k % every == 0, f"keep_every is {k}, expected a multiple of save_every = {every}")
         unknown = [sink for sink in self.sinks if sink not in SINKS]
         require(not unknown, f"sinks has {', '.join(map(str, unknown))}; expected some of {', '.join(SINKS)}")
         t, s = self.data.seq_len, self.model.max_position_embeddings
@@ -325,18 +329,18 @@ class Train:
             require(b % a == 0, f"data.batch_size{where} is {b}, which accumulate = {a} does not divide")
             require(
                 self.chunk % t == 0,
-                f"data.seq_len{where} is {t}, which does not divide the run's longest, {self.chunk}; "
-                "sources are read in chunks of the longest",
+                f"data.seq_len{where} is {t}, which does not divide {self.chunk}, the pieces that sources are shuffled "
+                "in; they are of the run's longest seq_len unless data.chunk says another",
             )
 
     @property
     def chunk(self) -> int:
-        """C, the run's longest row: a source's tokens are shuffled in chunks of C, which every stage's T divides."""
-        return max([self.data.seq_len, *(s.seq_len or 0 for s in self.stages)])
+        """C: a source's tokens are shuffled in chunks of C, which every stage's T divides."""
+        return self.data.chunk or max([self.data.seq_len, *(s.seq_len or 0 for s in self.stages)])
 
     def at(self, n: int) -> "Train":
         """The run as update n = 0, 1, ... sees it: one stage's data and model, and no stages."""
-        data, model = self.data, self.model
+        data, model = dataclasses.replace(self.data, chunk=self.chunk), self.model
         for stage in self.stages:
             if stage.start > n:
                 break

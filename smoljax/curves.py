@@ -94,7 +94,7 @@ def config_of(folder: Path) -> Train:
 
 
 def records_of(folder: Path) -> list[dict]:
-    records = metrics.read(folder)
+    records = metrics.read(folder, most=100_000)
     for i, record in enumerate(records):
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise CheckpointError(f"{folder}/metrics.jsonl:{i + 1} is no record with a step; mend or delete that line")

@@ -10,6 +10,7 @@ Row i of batch n is row r = (n - start) * B + i of its stage:
 A new stage goes on where the last one stopped in each source, rounded up to its own T; what that leaves out is counted.
 """
 
+import functools
 import itertools
 import logging
 
@@ -158,6 +159,11 @@ class Rows:
             self.parts.append(Part(start, config.at(start), windows, base, skipped))
         self.sources = {name: self.parts[0].windows[name].shards for name in self.names}
         same_tokenizer(list(self.sources.values()))
+
+    @functools.cached_property
+    def samples(self) -> dict[str, str]:
+        """By name, a hash of samples of each source."""
+        return {name: shards.sample() for name, shards in self.sources.items()}
 
     def part(self, n: int) -> Part:
         """The stage that batch n belongs to."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import mmap
 import resource
 import sys
 import time
@@ -29,20 +30,26 @@ SPENT = ("productive", "compile", "checkpoint", "restore", "data_wait", "eval", 
 class Meter:
     """Turns a step's numbers into a record: tokens, speed since the last record, MFU, and where the time went."""
 
-    def __init__(self, config: Train, devices, start: int, spent: dict | None = None, begun: float | None = None):
+    def __init__(self, devices, start: int, spent: dict | None = None, begun: float | None = None):
         self.devices, self.peak, self.step = len(devices), peak_flops(devices), start
         here = [device for device in devices if device.process_index == processes.index()]
         self.device = here[0]  # others do not tell us of their memory
         self.before = spent or dict.fromkeys(SPENT, 0.0)
         self.own = dict.fromkeys(SPENT, 0.0)
         self.begun = time.perf_counter() if begun is None else begun
-        self.last = dict(self.own)
-        self.enter(config)
+        self.last, self.tokens = dict(self.own), None
+        self.stages: list[tuple[int, float]] = []  # tokens when a stage began, FLOPs of one of its tokens
 
-    def enter(self, config: Train):
-        """A stage begins: its rows and its length count from here on."""
-        self.tokens_per_step = config.data.batch_size * config.data.seq_len
-        self.flops = flops_per_token(config.model, config.data.seq_len)
+    def enter(self, config: Train, tokens: int):
+        """A stage begins after so many tokens."""
+        self.stages.append((tokens, flops_per_token(config.model, config.data.seq_len)))
+        self.tokens = tokens if self.tokens is None else self.tokens
+
+    def flops(self, tokens: int) -> float:
+        """Of the tokens since the last record, each by its stage."""
+        ends = [start for start, _ in self.stages[1:]] + [tokens]
+        spans = [max(end - max(start, self.tokens), 0) for (start, _), end in zip(self.stages, ends, strict=True)]
+        return sum(span * each for span, (_, each) in zip(spans, self.stages, strict=True))
 
     @contextlib.contextmanager
     def timing(self, what: str):
@@ -70,38 +77,77 @@ class Meter:
         spent, steps = self.spent(), n - self.step
         used = {k: self.own[k] - self.last[k] for k in ("productive", "data_wait")}
         seconds = sum(used.values()) / steps
-        speed = self.tokens_per_step / seconds
+        speed = (tokens - self.tokens) / (seconds * steps)
         out = {"step": n} | {f"train/{key}": values[key] for key in ("loss", "lr", "grad_norm")}
         out |= {"train/tokens": tokens, "train/labels": int(values["labels"])}
         out |= {"train/skipped_steps": int(values["skipped_steps"])}
         out |= {"train/tokens_per_sec": speed, "train/tokens_per_sec_per_device": speed / self.devices}
-        out |= {"train/mfu": speed * self.flops / self.peak} if self.peak else {}
+        out |= {"train/mfu": self.flops(tokens) / (seconds * steps * self.peak)} if self.peak else {}
         out |= {"train/step_time_s": seconds, "train/data_wait_s": used["data_wait"] / steps}
-        self.step, self.last = n, dict(self.own)
+        self.step, self.tokens, self.last = n, tokens, dict(self.own)
         out |= {f"goodput/{k}_s": v for k, v in spent.items()}
         return out | {"host/rss_gb": host_rss_gb()} | device_peak_gb(self.device)
 
 
 def spent_before(run: Path, step: int) -> dict:
-    """The seconds of a run so far, as a process that goes on from checkpoint `step` finds them: later work is lost."""
-    records = read(run)
-    kept = [r for r in records if r["step"] <= step]
-    sums = [{k: r[-1].get(f"goodput/{k}_s", 0.0) if r else 0.0 for k in SPENT} for r in (records, kept)]
-    return sums[1] | {"lost": sums[1]["lost"] + sum(sums[0].values()) - sum(sums[1].values())}
+    """The seconds of a run so far, as a process that goes on from checkpoint `step` finds them.
+
+    What is not in the record of that step was spent in vain: lost. It is kept in goodput.json, for the next attempt
+    may be killed before its first record.
+    """
+    last, kept = None, {}
+    for _, record in backwards(Path(run) / "metrics.jsonl"):
+        last = last or record
+        if record["step"] <= step:
+            kept = record
+            break
+    file = Path(run) / "goodput.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    of_last = {k: (last or {}).get(f"goodput/{k}_s", 0.0) for k in SPENT}
+    spent = {k: kept.get(f"goodput/{k}_s", 0.0) for k in SPENT}
+    total = max(sum(of_last.values()), sum(before.values()))
+    spent |= {"lost": total - sum(spent.values()) + spent["lost"]}
+    if Path(run).is_dir():
+        atomic.write_json(file, spent)
+    return spent
 
 
-def read(run: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl; a last line cut by a kill is left out."""
+def backwards(file: Path):
+    """(where it ends, record) of the complete lines of a metrics.jsonl, the last first; of years of it a little."""
+    if not file.exists() or not file.stat().st_size:
+        return
+    with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n")
+        while end >= 0:
+            start = text.rfind(b"\n", 0, end)
+            try:
+                yield end + 1, json.loads(text[start + 1 : end])
+            except ValueError as e:
+                line = text[:end].count(b"\n") + 1
+                raise CheckpointError(f"{file}:{line} is not JSON ({e}); mend or delete that line") from None
+            end = start
+
+
+def read(run: Path, most: int | None = None) -> list[dict]:
+    """The records of a run's metrics.jsonl; a last line cut by a kill is left out.
+
+    Of more than `most` lines every so manieth is taken, and those with held-out sets: a year of steps fills memory.
+    """
     file = Path(run) / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    records = []
-    try:
-        for line in lines:
-            if line.endswith("\n"):
+    if not file.exists():
+        return []
+    with open(file) as lines:
+        every = max(sum(1 for _ in lines) // most, 1) if most else 1
+        lines.seek(0)
+        records = []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n") or (number % every and '"eval/' not in line):
+                continue
+            try:
                 records.append(json.loads(line))
-        return records
-    except ValueError as e:
-        raise CheckpointError(f"{file}:{len(records) + 1} is not JSON ({e}); mend or delete that line") from None
+            except ValueError as e:
+                raise CheckpointError(f"{file}:{number} is not JSON ({e}); mend or delete that line") from None
+    return records
 
 
 class Log:
@@ -111,9 +157,10 @@ class Log:
     """
 
     def __init__(self, run: Path, step: int, steps: int):
-        kept = [r for r in read(run) if r["step"] <= step]
-        atomic.write(Path(run) / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        self.file = open(Path(run) / "metrics.jsonl", "a")
+        file = Path(run) / "metrics.jsonl"
+        end = next((end for end, record in backwards(file) if record["step"] <= step), 0)
+        self.file = open(file, "a")
+        self.file.truncate(end)
         self.begun, self.first, self.steps, self.shown = None, step, steps, 0.0
         self.bar = progress_bar(step, steps) if sys.stderr.isatty() else None
 

@@ -8,17 +8,21 @@ the last checkpoint. Every process runs the same program; where one alone should
 import contextlib
 import json
 import os
+import socket
 import sys
+import threading
+import time
 import traceback
 from argparse import ArgumentParser, Namespace
 
 import numpy as np
 
-from smoljax.errors import Error, require
+from smoljax.errors import Error, UsageError, require
 
 RESUMABLE = 75  # EX_TEMPFAIL: the same command goes on from the last checkpoint
 GONE = ("Gloo", "NCCL", "onnection", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")  # in what a collective then says
 INTERRUPTED = 130  # by Ctrl-C, as a shell says it
+PATIENCE = 300  # s to wait for the others at the start, as in JAX
 
 
 def add_flags(parser: ArgumentParser):
@@ -44,9 +48,17 @@ def start(args: Namespace, heartbeat_s: int):
         require(0 <= mine < count, f"--process-id is {mine}, expected 0 ... {count - 1} of --num-processes {count}")
         if count == 1:
             return
+        if mine == 0:
+            check_port(address, int(port))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # GPUs and TPUs have their own
+    # JAX's own end of waiting is an abort (134) with the stack of its C++: we are a minute before it.
+    what = f"the other processes did not come within {PATIENCE} s; start all of them, with one HOST:PORT for process 0"
+    late = threading.Timer(PATIENCE, leave, (what, RESUMABLE))
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(address, count, mine, heartbeat_timeout_seconds=heartbeat_s)
+        waiting = {"heartbeat_timeout_seconds": heartbeat_s, "initialization_timeout": PATIENCE + 60}
+        jax.distributed.initialize(address, count, mine, **waiting)
     except ValueError as e:
         if address is not None or "coordinator_address" not in str(e):
             raise Error(f"the processes cannot be started together: {e}") from e
@@ -56,8 +68,18 @@ def start(args: Namespace, heartbeat_s: int):
     except RuntimeError as e:
         if address is None and "before any JAX calls" in str(e):  # called from Python that computes already: alone
             return
-        # Nobody at the address, or fewer processes than said, within JAX's 5 minutes.
         raise Error(f"the processes do not find each other: {str(e).splitlines()[0]}") from e
+    finally:
+        late.cancel()
+
+
+def check_port(address: str, port: int):
+    """Process 0 can listen there: where it cannot, JAX says little and crashes (SIGSEGV in jaxlib 0.10.2)."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as e:
+        reason = f"{e.strerror}; is a process of another run there?"
+        raise UsageError(f"--coordinator is {address}, where process 0 cannot listen: {reason}") from None
 
 
 def index() -> int:
@@ -84,11 +106,9 @@ def on_first(do):
         except Exception as e:  # our bugs too: the others would wait for an answer
             raised, error = e, [getattr(e, "code", 1), str(e) if isinstance(e, Error) else f"process 0 failed: {e!r}"]
     result, error = share([result, error])
-    if raised is not None:
-        raise raised
     if error is not None:
-        told = Error(error[1])
-        told.code = error[0]
+        told = raised if raised is not None else Error(error[1])
+        told.code, told.agreed = error[0], True
         raise told
     return result
 
@@ -103,6 +123,24 @@ def share(value):
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
+def read(tree):
+    """numpy values of arrays that are whole on every device, or what any device of this process has to say instead.
+
+    A process that dies in the middle of a collective leaves some devices here with an error, and others that wait for
+    those: whoever asks the first device alone may learn of it by the heartbeat only.
+    """
+    import jax
+
+    several = jax.process_count() > 1
+    waited = [shard.data for array in jax.tree.leaves(tree) for shard in array.addressable_shards] if several else []
+    while waited:
+        for done in [array for array in waited if array.is_ready()]:
+            done.block_until_ready()  # raises
+        if waited := [array for array in waited if not array.is_ready()]:
+            time.sleep(0.001)
+    return jax.tree.map(np.asarray, tree)
+
+
 class Agreement:
     """One number of every process, and the largest of them on all: `ask` now, read the array a step later."""
 
@@ -115,6 +153,10 @@ class Agreement:
         self.alone, self.count = jax.process_count() == 1, mesh.size
         self.split, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
         self.largest = jax.jit(jnp.max, out_shardings=whole)
+
+    def now(self, asked, before: int) -> int:
+        """What is known now: alone, what was just asked; with others, what all of them know of the step before."""
+        return asked if self.alone else before
 
     def ask(self, value: int):
         import jax
@@ -136,11 +178,12 @@ def together():
     try:
         yield
     except Exception as e:
-        if jax.process_count() == 1 or getattr(e, "code", 0) in (RESUMABLE, INTERRUPTED):  # agreed on by all
+        agreed = getattr(e, "agreed", False) or getattr(e, "code", 0) in (RESUMABLE, INTERRUPTED)
+        if jax.process_count() == 1 or agreed:
             raise
         if isinstance(e, Error):
             leave(str(e), e.code)
-        if isinstance(e, jax.errors.JaxRuntimeError) and any(word in str(e) for word in GONE):
+        if any(word in str(e) for word in GONE):
             leave(f"a process is gone ({str(e).splitlines()[0][:200]}); start all again, the run goes on", RESUMABLE)
         traceback.print_exc()
         leave("process failed", 1)

@@ -5,8 +5,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from smoljax import dumps, metrics, processes, sinks, watch
 from smoljax.config import Train
 from smoljax.errors import Error
@@ -45,7 +43,7 @@ class Readings:
 
         With `more`, which goes into the record, it is recorded in any case; else at every log_every-th step.
         """
-        values = self.last = {name: np.asarray(value).item() for name, value in on_device.items()}
+        values = self.last = {name: value.item() for name, value in processes.read(on_device).items()}
         self.dog.beat()
         self.checkpoints.check()
         if more is not None or n % self.config.log_every == 0:
@@ -57,7 +55,7 @@ class Readings:
             self.notice(record["host/rss_gb"])
         if values["skipped"]:
             self.dump(n, batch, values)
-        return int(np.asarray(asked))
+        return int(processes.read(asked))
 
     def notice(self, rss_gb: float):
         """Say it when the process has grown by half and a gigabyte since the run was under way; and then again."""

@@ -24,7 +24,18 @@ from smoljax.step import TrainState, init_state
 # and stages are compared as far as they were read (check_same_data).
 FREE = {
     *("steps", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.decay_steps", "optim.decay"),
-    *("accumulate", "log_every", "save_every", "keep", "keep_every", "run", "sinks", "data.max_epochs"),
+    *(
+        "accumulate",
+        "init_from",
+        "log_every",
+        "save_every",
+        "keep",
+        "keep_every",
+        "run",
+        "sinks",
+        "data.max_epochs",
+        "data.chunk",
+    ),
     *("heldout.sets", "heldout.every", "heldout.max_tokens"),
     *(f"guard.{name}" for name in settings.flat(Guard()) if name != "spike_window"),
     *("compute.dtype", "compute.remat", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.tensor"),
@@ -37,7 +48,7 @@ def open_run(folder: Path, config: Train) -> list[str]:
     file = folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not any(folder.iterdir()):
+        if all(p.name.startswith(".") or p.name == "config.json.part" for p in folder.iterdir()):
             atomic.write_json(file, dataclasses.asdict(config))
         saved = json.loads(file.read_text()) if file.exists() else None
     except OSError as e:
@@ -71,9 +82,10 @@ def history(config: Train, rows: Rows, n: int) -> dict:
     """What n batches were made of, by content and not by place: a moved folder is the same source."""
 
     def stage(part) -> dict:
-        at = config.at(part.start)
+        at, total = config.at(part.start), sum(part.data.sources.values())
         sources = [
-            {"source": name, "weight": weight, "fingerprint": rows.sources[name].fingerprint}
+            {"source": name, "weight": weight / total, "fingerprint": rows.sources[name].fingerprint}
+            | {"sample": rows.samples[name]}
             for name, weight in part.data.sources.items()
         ]
         sizes = {"seq_len": at.data.seq_len, "batch_size": at.data.batch_size}
@@ -87,31 +99,32 @@ def history(config: Train, rows: Rows, n: int) -> dict:
 
 def check_same_data(config: Train, rows: Rows, n: int, saved: dict):
     """saved: history(...) as the checkpoint after n batches has it. What is still ahead may differ."""
-    now = history(config, rows, n)
+    now, name = history(config, rows, n), config.run
     if len(now["stages"]) != len(saved["stages"]):
         starts = [[s["start"] for s in x["stages"]] for x in (saved, now)]
-        raise UsageError(f"{config.run} read stages from {starts[0]} up to step {n}, the config has {starts[1]}")
+        raise UsageError(f"{name} read stages from {starts[0]} up to step {n}, the config has {starts[1]}")
     for was, new in zip(saved["stages"], now["stages"], strict=True):
-        if contents(was) != contents(new):
+        content = [[(s["fingerprint"], s["sample"]) for s in x["sources"]] for x in (was, new)]
+        if content[0] != content[1]:
             names = ", ".join(s["source"] for s in was["sources"])
-            raise DataError(
-                f"{config.run} was trained on other data than data.sources now holds: {names}, as they were then"
-            )
-        differ = [f"{k} = {new[k]} (the run has {was[k]})" for k in was if k != "sources" and new[k] != was[k]]
-        require(not differ, f"{config.run} had another stage at {was['start']}: {', '.join(differ)}")
+            raise DataError(f"{name} was trained on other data than data.sources now holds: {names}, as they were then")
+        differ = [
+            f"the weight of {b['source']} = {b['weight']:.6g} (the run has {a['weight']:.6g})"
+            for a, b in zip(was["sources"], new["sources"], strict=True)
+            if abs(a["weight"] - b["weight"]) > 1e-9
+        ]
+        differ += [f"{k} = {new[k]} (the run has {was[k]})" for k in was if k != "sources" and new[k] != was[k]]
+        require(not differ, f"{name} had another stage at {was['start']}: {', '.join(differ)}")
     require(
         now["chunk"] == saved["chunk"],
-        f"the run's longest row is {now['chunk']} tokens, it was {saved['chunk']} when the sources were shuffled in "
-        f"chunks of that; go on with init_from={config.run} in a new folder",
+        f"{name} has read its sources in chunks of {saved['chunk']} tokens, then its longest row ahead, now that is "
+        f"{now['chunk']}; set data.chunk={saved['chunk']}, or for a longer row go on in a new folder with "
+        f"init_from={name}",
     )
     if now["consumed"] != saved["consumed"]:
         raise CheckpointError(
-            f"{config.run} had consumed {saved['consumed']} tokens at step {n}, the config makes it {now['consumed']}"
+            f"{name} had consumed {saved['consumed']} tokens at step {n}, the config makes it {now['consumed']}"
         )
-
-
-def contents(stage: dict) -> list:
-    return [(s["weight"], s["fingerprint"]) for s in stage["sources"]]
 
 
 def check_data(config: Train, rows: Rows):
@@ -137,16 +150,20 @@ def check_data(config: Train, rows: Rows):
     )
 
 
-def check_disk(folder: Path, config: Train):
-    """Room for the checkpoints that are kept and the one being written: f32 weights and two moments, 12 B each."""
-    size = budget.checkpoint_bytes(config.model)
+def room(folder: Path, config: Train) -> tuple[int, int, Path]:
+    """Bytes that a run's folder still has to grow, bytes free there, and the nearest folder that exists."""
+    folder = folder.absolute()
     there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
-    saves = -(-config.steps // config.save_every)
-    needed, free = size * min(config.keep + 1, saves) - there, shutil.disk_usage(folder).free
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    return budget.disk_bytes(config) - there, shutil.disk_usage(place).free, place
+
+
+def check_disk(folder: Path, config: Train):
+    needed, free, place = room(folder, config)
     require(
         needed <= free,
-        f"{folder} has {free / 1e9:.2f} GB free, its checkpoints need {needed / 1e9:.2f} GB more "
-        f"({size / 1e9:.2f} GB each); make room, or set keep={config.keep} lower",
+        f"{config.run} will grow by {needed / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free; make room, set keep "
+        "lower or keep_every higher, or name another folder with run=DIR",
     )
 
 

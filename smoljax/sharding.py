@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smoljax import config
+from smoljax.errors import require
 
 WEIGHTS = dict(V="tensor", D="fsdp", N="tensor", K="tensor", F="tensor")
 ACTIVATIONS = dict(B=("data", "fsdp"), V="tensor", N="tensor", K="tensor", F="tensor")
@@ -65,6 +66,18 @@ def shardings(tree, mesh):
 def is_variable(leaf) -> bool:
     """A weight with its letters, as a leaf of tree maps."""
     return isinstance(leaf, nnx.Variable)
+
+
+def check_rows(run: config.Train, axes: dict[str, int]):
+    """The rows of every stage's micro-batch split over the axes of B; a UsageError where they do not."""
+    ways = axes["data"] * axes["fsdp"]
+    for start in (0, *(stage.start for stage in run.stages)):
+        micro = run.at(start).data.batch_size // run.accumulate
+        require(
+            micro % ways == 0,
+            f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
+            "(mesh.data x mesh.fsdp); change one of them",
+        )
 
 
 def batch_sharding(mesh) -> NamedSharding:

@@ -80,8 +80,8 @@ class Stop:
 class Watchdog:
     """Ends the process, with the stacks of all its threads in `file`, when no step has come for too long.
 
-    Too long is `factor` times the median of the last 100 steps and at least `least` seconds; compiling, saving and
-    measuring are not steps and are not watched. The first of these that is over starts the clock.
+    Too long is `factor` times the median of the last 100 steps and at least `least` seconds, for a save too. Compiling
+    is not watched; its end starts the clock.
     """
 
     def __init__(self, factor: float, least: float, file: Path):
@@ -102,6 +102,10 @@ class Watchdog:
         if self.last is not None:
             self.times.append(now - self.last)
         self.last = now
+
+    def alive(self, *_):
+        """No step, but not standing still: before and after a save, and after each batch of a held-out set."""
+        self.last = time.monotonic()
 
     @contextlib.contextmanager
     def pause(self):

@@ -117,7 +117,14 @@ def test_recipe_is_the_published_one(name):
     assert {key: ours[key] for key in theirs} == theirs
     own_groups = ("mesh.", "compute.", "guard.", "heldout.")
     ours_alone = {key for key in ours.keys() - theirs.keys() if not key.startswith(own_groups)}
-    assert ours_alone - paper == {"accumulate", "run", "keep", "keep_every", "sinks"}  # nothing that changes the model
+    assert ours_alone - paper == {
+        "accumulate",
+        "run",
+        "keep",
+        "keep_every",
+        "sinks",
+        "data.chunk",
+    }  # nothing that changes the model
 
 
 def test_smollm2_1_7b_is_the_papers_stages():
@@ -226,14 +233,14 @@ def test_override_every_type():
             "steps=20",
             "data.mask_documents=TRUE",
             "compute.dtype=bfloat16",
-            "keep_every=5",
+            "keep_every=2000",
             "run=somewhere/else",
             'data.sources={"a": 3, "b": 1}',
             "mesh.fsdp=-1",
         ],
     )
     assert (config.optim.lr, config.steps, config.data.mask_documents) == (1e-3, 20, True)
-    assert (config.compute.dtype, config.keep_every, config.run) == ("bfloat16", 5, "somewhere/else")
+    assert (config.compute.dtype, config.keep_every, config.run) == ("bfloat16", 2000, "somewhere/else")
     assert config.data.sources == {"a": 3, "b": 1}
     assert config.optim.warmup_steps == 2 and config.model == TINY  # the rest is untouched
     assert settings.override(config, ["keep_every=none", "data.sources=a/b=c"]).keep_every is None

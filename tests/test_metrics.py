@@ -57,7 +57,8 @@ def test_speed_is_of_the_steps_since_the_last_record(monkeypatch):
     stats = {"peak_bytes_in_use": 2e9}
     device = dict(device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: stats, process_index=0)
     before = dict.fromkeys(metrics.SPENT, 0.0) | {"productive": 100.0, "lost": 7.0}
-    meter = metrics.Meter(config, [SimpleNamespace(**device)] * 2, 4, before)
+    meter = metrics.Meter([SimpleNamespace(**device)] * 2, 4, before)
+    meter.enter(config, 4 * 8192)
     values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "labels": 8192.0, "skipped_steps": 3}
     spend(11)  # opening files, of which nothing is said
     spend(50, "data_wait")  # before the first step: no step waits for it
@@ -74,11 +75,14 @@ def test_speed_is_of_the_steps_since_the_last_record(monkeypatch):
     assert first["device/mem_peak_gb"] == 2
     spend(9, "checkpoint")  # its own time, not the next step's
     spend(1)
-    meter.enter(replace(config, data=Data(batch_size=4, seq_len=1024)))
-    second = meter.record(7, values, 6 * 8192 + 4096)
-    assert second["train/step_time_s"] == 1.0 and second["train/tokens_per_sec"] == 4096
+    meter.enter(replace(config, data=Data(batch_size=4, seq_len=2048)), 7 * 8192)
+    spend(1)  # step 7 is of the stage before, step 8 of this one
+    second = meter.record(8, values, 8 * 8192)
+    assert second["train/step_time_s"] == 1.0 and second["train/tokens_per_sec"] == 8192
+    both = metrics.flops_per_token(model, 1024) + metrics.flops_per_token(model, 2048)
+    assert second["train/mfu"] == pytest.approx(8192 * both / (2 * 2 * 989e12))
     spent = {k: second[f"goodput/{k}_s"] for k in metrics.SPENT}
-    assert spent == {"productive": 104, "compile": 30, "checkpoint": 9, "restore": 11, "data_wait": 51} | {
+    assert spent == {"productive": 105, "compile": 30, "checkpoint": 9, "restore": 11, "data_wait": 51} | {
         "eval": 0,
         "lost": 7,
     }
@@ -91,9 +95,23 @@ def test_what_a_kill_took_is_lost(tmp_path):
     records = [{"step": n} | dict.fromkeys(keys, 0.0) | {keys[0]: 2.0 * n, keys[1]: 5.0} for n in range(1, 8)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     zeros = dict.fromkeys(metrics.SPENT, 0.0)
-    assert metrics.spent_before(tmp_path, 4) == zeros | {"productive": 8.0, "compile": 5.0, "lost": 6.0}
+    found = metrics.spent_before(tmp_path, 4)
+    assert found == zeros | {"productive": 8.0, "compile": 5.0, "lost": 6.0}
+    with metrics.Log(tmp_path, 4, 9):  # killed again, before its first record: what was lost before is not forgotten
+        assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4]
+    assert metrics.spent_before(tmp_path, 4) == found
+    assert metrics.spent_before(tmp_path, 2) == zeros | {"productive": 4.0, "compile": 5.0, "lost": 10.0}
     assert metrics.spent_before(tmp_path, 0) == zeros | {"lost": 19.0}
     assert metrics.spent_before(tmp_path / "new", 0) == zeros
+
+
+def test_of_a_long_run_a_part_is_read(tmp_path):
+    lines = [json.dumps({"step": n} | ({"eval/web/loss": 1.0} if n == 5001 else {})) for n in range(1, 10_001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10')
+    steps = [r["step"] for r in metrics.read(tmp_path, most=100)]
+    assert 100 <= len(steps) <= 102 and {100, 5001, 10_000} < set(steps) and steps == sorted(steps)
+    assert len(metrics.read(tmp_path)) == 10_000
+    assert next(metrics.backwards(tmp_path / "metrics.jsonl"))[1] == {"step": 10_000}
 
 
 def test_a_step_without_a_loss_is_null(tmp_path):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from smoljax import budget, settings, sharding
+from smoljax import budget, runs, settings, sharding
 from smoljax.config import SIZES, Compute, Data, Mesh, Model, Optim, Stage, Train
 from smoljax.data import Rows
 from smoljax.errors import UsageError, run
@@ -362,7 +362,7 @@ def test_disk_weights_memory_and_heldout(place, capsys, monkeypatch):
     said = next(c for c in found["checks"] if c["name"] == "memory")
     assert code == 0 and said["ok"] is None and "compute.remat=true" in said["found"]  # an estimate refuses nothing
 
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     code, found, err = call(capsys, place, "--no-compile")
     assert code == 0 and outcome(found)["disk"] is None  # planned elsewhere than it will run
     (place / "here").mkdir()

@@ -207,7 +207,7 @@ MISTAKES = {
     "vocabulary": (["model.vocab_size=40"], 3, "beyond model.vocab_size = 40"),
     "mesh": (["mesh.tensor=3"], 2, "found 8; set mesh.data"),
     "rows": (["data.batch_size=12"], 2, "does not split over 8 devices"),
-    "missing weights": (["init_from=nowhere"], 2, "init_from = nowhere does not exist"),
+    "missing weights": (["init_from=nowhere"], 2, "there is no nowhere"),
     "end of text": (["model.eos_token_id=3"], 2, "ends its documents with token 0, but model.eos_token_id is 3"),
     "no folder": (["run="], 2, "run is empty"),
     "seed": (["seed=99999999999"], 2, "below 2**32"),

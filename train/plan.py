@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from functools import partial
@@ -57,7 +56,7 @@ def main(argv=None) -> int:
     plan["sources"] = text(config, checks)
     checks.add("init_from", partial(beginning, config))
     plan |= {"checkpoint_bytes": budget.checkpoint_bytes(config.model), "disk_bytes": budget.disk_bytes(config)}
-    checks.add("disk", partial(disk, config, plan["disk_bytes"]))
+    checks.add("disk", partial(disk, config))
     plan["checks"] = checks.made
     print(json.dumps(plan) if args.json else page(config, plan))
     if checks.errors:
@@ -154,14 +153,9 @@ def words(mesh: dict) -> str:
 
 def rows(config: Train, mesh: dict):
     """As pretrain asks it."""
-    ways = mesh["data"] * mesh["fsdp"]
-    for _, _, at in budget.stages(config):
-        micro = at.data.batch_size // config.accumulate
-        require(
-            micro % ways == 0,
-            f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
-            "(mesh.data x mesh.fsdp); change one of them",
-        )
+    from smoljax import sharding
+
+    sharding.check_rows(config, mesh)
     return True, f"{budget.rows_per_device(budget.largest(config, mesh)[1], mesh)} of a micro-batch on a device", True
 
 
@@ -267,19 +261,18 @@ def beginning(config: Train):
     return there or None, f"there: {config.init_from}" if there else absent([config.init_from]), None
 
 
-def disk(config: Train, need: int):
-    folder = Path(config.run).absolute()
-    there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
-    place = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(place).free + there
-    room = (
-        f"{config.run} will hold {need / 1e9:.2f} GB, {place} has room for {free / 1e9:.2f}; make room, set keep lower "
-    )
-    room += "or keep_every higher, or name another place with run=DIR"
-    if need > free and place != folder:  # the run may be planned elsewhere than where it will be
-        return None, room, None
-    require(need <= free, room)
-    return True, f"{need / 1e9:.2f} GB needed, {place} has room for {free / 1e9:.2f}", None
+def disk(config: Train):
+    from smoljax import runs
+
+    need, free, place = runs.room(Path(config.run), config)
+    if need > free and place != Path(config.run).absolute():  # it may be planned elsewhere than where it will run
+        return (
+            None,
+            f"{need / 1e9:.2f} GB needed, {place} has {free / 1e9:.2f}: make room, or name another run=DIR",
+            None,
+        )
+    runs.check_disk(Path(config.run), config)
+    return True, f"{need / 1e9:.2f} GB needed, {place} has {free / 1e9:.2f}", None
 
 
 # ---- the page

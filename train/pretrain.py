@@ -18,7 +18,7 @@ from pathlib import Path
 
 from smoljax import atomic, processes, settings, watch
 from smoljax.config import Train
-from smoljax.errors import require, run
+from smoljax.errors import run
 
 
 def main(argv=None) -> int:
@@ -43,7 +43,7 @@ def main(argv=None) -> int:
         return dryrun.run(config, start_mesh(config, args))
 
     # ---- what can be known before JAX starts: the data, the weights to start from
-    from smoljax import heldout, runs, sinks
+    from smoljax import checkpoint, heldout, runs, sinks, weights
     from smoljax.data import Rows
 
     sinks.check(config.sinks)
@@ -51,28 +51,28 @@ def main(argv=None) -> int:
     runs.check_data(config, rows)
     sources = list(rows.sources.values())
     held = {part.start: heldout.open_sets(config.at(part.start), sources) for part in rows.parts}
-    if config.init_from:
-        require(Path(config.init_from).exists(), f"init_from = {config.init_from} does not exist")
+    if config.init_from and not checkpoint.steps(Path(config.run)):  # a run that goes on has its own weights
+        weights.find(config.init_from)
 
     # ---- mesh
     import jax
 
     from smoljax import metrics
-    from smoljax.checkpoint import Checkpoints, newest_sound
 
     mesh = start_mesh(config, args)
     folder = Path(config.run)
-    with contextlib.ExitStack() as stack:
+    with processes.together(), runs.memory(config, mesh), contextlib.ExitStack() as stack:
         stop = stack.enter_context(watch.Stop(config.guard.grace_s))
         changes = processes.on_first(partial(claim, folder, config, stack))
         stack.enter_context(jax.set_mesh(mesh))
         begun = time.perf_counter()
 
         # ---- checkpoints: which one to go on from, and whether it is of this run
-        start = processes.on_first(partial(newest_sound, folder)) or 0
-        spent = metrics.spent_before(folder, start)
-        kept = Checkpoints(folder, config.keep, config.keep_every, config.guard.failed_saves)
+        start = processes.on_first(partial(checkpoint.newest_sound, folder)) or 0
+        spent = processes.on_first(partial(metrics.spent_before, folder, start))
+        kept = checkpoint.Checkpoints(folder, config.keep, config.keep_every, config.guard.failed_saves)
         checkpoints = stack.enter_context(kept)
+        rows.samples = processes.on_first(lambda: rows.samples)
         if start:
             runs.check_same_data(config, rows, start, checkpoints.metadata(start)["data"])
             if start >= config.steps:
@@ -85,9 +85,8 @@ def main(argv=None) -> int:
             for change in changes:
                 print(f"resuming with {change}", file=sys.stderr)
             print(header(config, rows, mesh, start), file=sys.stderr, flush=True)
-        meter = metrics.Meter(config.at(start), mesh.devices.flat, start, spent, begun)
-        with processes.together(), runs.memory(config, mesh):
-            last = train(config, rows, held, mesh, start, checkpoints, meter, stop)
+        meter = metrics.Meter(mesh.devices.flat, start, spent, begun)
+        last = train(config, rows, held, mesh, start, checkpoints, meter, stop)
 
     # ---- result
     if processes.first():
@@ -129,7 +128,7 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                         fresh = partial(runs.initial_state, at, rows, places)
                         state = checkpoints.restore(start, abstract, places) if start else fresh()
                     jax.block_until_ready(state)
-                meter.enter(at)
+                meter.enter(at, sum(rows.consumed(n - 1).values()))
 
             # ---- data
             with meter.timing("data_wait"):
@@ -137,7 +136,7 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
 
             # ---- step
             if config.guard.check_every and n % config.guard.check_every == 0:
-                with read.dog.pause():
+                with read.dog.pause(), meter.timing("eval"):
                     check(n, state, batch)
             if n == start + 1:
                 meter.starts()
@@ -147,7 +146,7 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
             asked = agreement.ask(stop.asked or (watch.FULL if full else 0))
 
             # ---- log: the step before, which is done by now
-            stopping = read(*unread) if unread else 0
+            stopping = agreement.now(asked, read(*unread) if unread else 0)
             unread = n, on_device, batch, asked
 
             # ---- evaluate, save
@@ -163,10 +162,12 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
             if stopping or last or n % config.save_every == 0:
                 metadata = {"config": dataclasses.asdict(config), "model": dataclasses.asdict(at.model)}
                 metadata |= {"data": runs.history(config, rows, n)}
-                with read.dog.pause(), meter.timing("checkpoint"):
+                with meter.timing("checkpoint"):
+                    read.dog.alive()
                     checkpoints.save(n, metadata, **parts(state))
                     if stopping or last:
                         checkpoints.finish()
+                    read.dog.alive()
             if stopping and not last:
                 raise watch.stopped(n, stopping)
     return read.last
@@ -189,14 +190,7 @@ def start_mesh(config: Train, args):
     processes.start(args, config.guard.heartbeat_s)
     runtime.start()
     mesh = sharding.mesh(config.mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    for start in (0, *(stage.start for stage in config.stages)):
-        micro = config.at(start).data.batch_size // config.accumulate
-        require(
-            micro % ways == 0,
-            f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
-            "(mesh.data x mesh.fsdp); change one of them",
-        )
+    sharding.check_rows(config, dict(mesh.shape))
     return mesh
 
 
@@ -217,6 +211,8 @@ def draw_curves(folder: Path):
         curves.draw([folder], folder / "curves.png")
     except ImportError:
         print("no curves.png: pip install smoljax[plot] brings matplotlib", file=sys.stderr)
+    except Exception as e:  # the run has ended well, whatever becomes of its picture
+        print(f"no curves.png: {type(e).__name__}: {e}", file=sys.stderr)
 
 
 def header(config: Train, rows, mesh, start: int) -> str:

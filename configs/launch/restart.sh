@@ -9,6 +9,7 @@
 # Started again after PAUSE seconds (10):
 #     75   preempted, a lost process, a watchdog: the same command goes on from the last checkpoint
 #     134  the JAX runtime aborted: its coordinator died, or another process hangs
+#     137  this process was killed without warning, as by a machine short of memory
 # Any other code ends this with that code. So does the MAX_RESTARTS-th (3) restart in a row that brought no new
 # checkpoint in RUN/checkpoints; RUN is what the command line says with run=DIR.
 set -u -m # -m: the command is a process group of its own, so that a Ctrl-C reaches it once, from here
@@ -52,7 +53,7 @@ while true; do
         ((got == 127)) || code=$got
         [[ -n $again ]] || break
     done
-    [[ -z $stop ]] && ((code == 75 || code == 134)) || exit "$code"
+    [[ -z $stop ]] && ((code == 75 || code == 134 || code == 137)) || exit "$code"
     if [[ $(newest) == "$before" ]]; then idle=$((idle + 1)); else idle=0; fi
     if ((idle > ${MAX_RESTARTS:-3})); then
         echo "restart.sh: ${MAX_RESTARTS:-3} restarts in a row brought no checkpoint in $run/checkpoints: giving up" >&2
