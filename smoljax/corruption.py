@@ -4,6 +4,7 @@ Of the silent corruptions seen on GPUs 1% show as NaN or infinity (arXiv 2605.04
 twice. Both checks cost about one step, at every `guard.check_every`-th.
 """
 
+import os
 from functools import partial
 
 import jax
@@ -13,14 +14,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from smoljax.config import Train
-from smoljax.errors import Error
+from smoljax.errors import Error, require
 from smoljax.step import TrainState, gradient
+
+# The embedding's gradient is a scatter-add: without one of these XLA makes it of atomics on GPUs.
+FIXED_ORDER = ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_deterministic_ops=true")
 
 
 class Check:
     """Call it with a state and a batch: an Error where a value does not repeat, or copies of a weight differ."""
 
     def __init__(self, config: Train, mesh):
+        flags = os.environ.get("XLA_FLAGS", "")
+        require(
+            mesh.devices.flat[0].platform != "gpu" or any(flag in flags for flag in FIXED_ORDER),
+            "guard.check_every compares bits, and a GPU adds up in no fixed order unless XLA_FLAGS has "
+            f"{FIXED_ORDER[0]}; set that, or guard.check_every=none",
+        )
         whole = NamedSharding(mesh, P())
         self.mesh = mesh
         self.value = jax.jit(partial(fingerprint, config=config), out_shardings=whole)

@@ -348,6 +348,7 @@ def test_ray_writes_what_local_processes_write(go, corpus, cluster, tmp_path):
     assert go(source, *RAY)["up_to_date"]
 
 
+@pytest.mark.slow
 def test_ray_names_the_bad_document(go, corpus, cluster, tmp_path):
     source, _ = corpus
     shutil.copytree(source, tmp_path / "in")

@@ -1,7 +1,7 @@
 """What a run will need, before it is paid for: tokens, FLOPs, memory of a device, disk, hours, text.
 
     smoljax plan smollm2-135m
-    smoljax plan smollm2-1.7b --devices 64 --accelerator H100 --mfu 0.4
+    smoljax plan smollm2-1.7b accumulate=1 --devices 256 --accelerator H100 --mfu 0.4
     smoljax plan mine.py data.batch_size=256 --no-compile --json
 
 Nothing is trained or allocated, nothing but JAX's compilation cache is written, and no accelerator is touched: memory

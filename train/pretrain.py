@@ -121,7 +121,10 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                 with meter.timing("restore"):
                     abstract = jax.eval_shape(partial(init_state, at))
                     places = sharding.shardings(abstract, mesh)
-                    update, check = compiled_step(at, places), corruption.Check(at, mesh)
+                    update, check = (
+                        compiled_step(at, places),
+                        corruption.Check(at, mesh) if config.guard.check_every else None,
+                    )
                     if state is not None:
                         state = of_stage(at, state)
                     else:
@@ -135,7 +138,7 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                 batch = next(feed)
 
             # ---- step
-            if config.guard.check_every and n % config.guard.check_every == 0:
+            if check and n % config.guard.check_every == 0:
                 with read.dog.pause(), meter.timing("eval"):
                     check(n, state, batch)
             if n == start + 1:
