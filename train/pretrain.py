@@ -159,8 +159,8 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                 more = {}
                 if measure:
                     jax.block_until_ready(on_device)  # the step's own time is not the evaluation's
-                    with read.dog.pause(), meter.timing("eval"):
-                        more = evaluate(state.model, held[part.start], at, mesh)
+                    with meter.timing("eval"):
+                        more = evaluate(state.model, held[part.start], at, mesh, read.dog.alive)
                 stopping, unread = read(*unread, more=more) or stopping, None
             if stopping or last or n % config.save_every == 0:
                 metadata = {"config": dataclasses.asdict(config), "model": dataclasses.asdict(at.model)}
@@ -176,15 +176,15 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
     return read.last
 
 
-def evaluate(model, sets: list, at: Train, mesh) -> dict:
+def evaluate(model, sets: list, at: Train, mesh, alive) -> dict:
+    """What metrics.jsonl keeps of every held-out set, in micro-batches: what fits in training fits here."""
     from smoljax import heldout
 
-    rows = at.data.batch_size // at.accumulate
-    return {
-        key: value
-        for held in sets
-        for key, value in heldout.record(held.name, heldout.measure(model, held, rows, at.compute, mesh)).items()
-    }
+    rows, found = at.data.batch_size // at.accumulate, {}
+    for held in sets:
+        alive()
+        found |= heldout.record(held.name, heldout.measure(model, held, rows, at.compute, mesh, alive))
+    return found
 
 
 def start_mesh(config: Train, args):
