@@ -10,50 +10,50 @@ from docs.long_context import recall
 from smoljax import tokenizer
 from smoljax.errors import UsageError
 
-WORDS = recall.Words("mark", tuple(f"k{i}" for i in range(40)), ("red", "green", "blue", "white"))
+WORDS = recall.Words(
+    "mark", {f"k{i}": tuple(f"v{i}-{j}" for j in range(4)) for i in range(16)}, tuple(f"f{i}" for i in range(9))
+)
+NUMBERS = {w: i for i, w in enumerate(["mark", *WORDS.filler, *WORDS.values, *sum(WORDS.values.values(), ())])}
 
 
 def ids(text: str) -> list[int]:
-    """A number a word: 0 the marker, then the keys, then the values."""
-    number = {word: i for i, word in enumerate([WORDS.marker, *WORDS.keys, *WORDS.values])}
-    return [number[word] for word in text.split()]
+    return [NUMBERS[word] for word in text.split()]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_key_is_bound_once_and_asked_at_most_once_for_the_same_value(seed):
+def test_a_key_is_bound_once_and_asked_once_for_the_same_value(seed):
     pairs = recall.document(60, WORDS, random.Random(seed))
-    assert len(pairs) == 60 and {value for _, value in pairs} <= set(WORDS.values)
-    assert max(Counter(key for key, _ in pairs).values()) == 2  # at most, and some are asked
-    assert len(set(pairs)) == len({key for key, _ in pairs})  # a key has one value
+    assert len(pairs) == 60
+    said = [pair for pair in pairs if pair[0] in WORDS.values]
+    assert len(said) == 32 and set(Counter(said).values()) == {2}  # 16 keys, each with one value, twice
+    assert all(value in WORDS.values[key] for key, value in said)
+    assert {word for pair in pairs if pair not in said for word in pair} <= set(WORDS.filler)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_kept_keys_are_fresh_and_never_asked_even_when_keys_run_out(seed):
-    kept = frozenset((0, 7, 30, 71, 75))
-    pairs = recall.document(75 + 1, recall.Words("m", WORDS.keys + ("k40",), WORDS.values), random.Random(seed), kept)
+def test_kept_keys_stand_where_they_should_and_are_not_asked(seed):
+    kept = (0, 7, 30, 31, 59)
+    pairs = recall.document(60, WORDS, random.Random(seed), kept)
     times = Counter(key for key, _ in pairs)
-    assert all(times[pairs[place][0]] == 1 for place in kept)
+    assert all(pairs[place][0] in WORDS.values and times[pairs[place][0]] == 1 for place in kept)
+    assert sum(n == 2 for key, n in times.items() if key in WORDS.values) == 16 - 5
 
 
-def test_the_first_value_cannot_be_known_and_values_are_even():
-    pairs = recall.document(20_000, WORDS._replace(keys=tuple(map(str, range(10_000)))), random.Random(0))
-    bound = Counter({key: value for key, value in pairs}.values())
-    expected = sum(bound.values()) / 4  # four values: 3 degrees of freedom, 16.3 is exceeded once in 1,000
-    assert sum((n - expected) ** 2 / expected for n in bound.values()) < 16.3
+def test_values_are_even():
+    rng, found = random.Random(0), Counter()
+    for _ in range(500):
+        found.update(int(value[-1]) for key, value in set(recall.document(60, WORDS, rng)) if key in WORDS.values)
+    expected = 500 * 16 / 4  # four values: 3 degrees of freedom, 16.3 is exceeded once in 1,000
+    assert sum((n - expected) ** 2 / expected for n in found.values()) < 16.3 and sum(found.values()) == 8000
 
 
-def test_too_few_keys_and_odd_lengths_are_refused():
-    with pytest.raises(UsageError, match="82 pairs need 41 keys, found 40"):
-        recall.document(82, WORDS, random.Random(0))
-    with pytest.raises(UsageError, match="even number of tokens from 4 on, not 127"):
-        recall.pairs_in(127)
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UsageError, match="17 depths need as many keys, found 16"):
+        recall.document(60, WORDS, random.Random(0), range(17))
+    with pytest.raises(UsageError, match="a multiple of 16 tokens, not 120"):
+        recall.row(120, WORDS, random.Random(0))
     with pytest.raises(UsageError, match="16 tokens are too few for 8 depths"):
         recall.probe(16, 8, 1, WORDS, ids, seed=0)
-
-
-def test_a_document_with_its_end_fills_a_row():
-    pairs = recall.document(recall.pairs_in(128), WORDS, random.Random(0))
-    assert len(ids(recall.text(pairs, WORDS))) + 1 == 128
 
 
 @pytest.mark.parametrize(("length", "bins"), [(64, 8), (128, 8), (65, 5), (34, 8)])
@@ -83,7 +83,10 @@ def test_accuracy_is_by_depth():
 
 def test_guessing_scores_chance():
     probe = recall.probe(80, 8, 400, WORDS, ids, seed=0)
-    guesses = np.random.default_rng(0).integers(41, 45, probe.tokens.shape)  # one of the four values
+    words, rng = [*NUMBERS], random.Random(0)
+    guesses = np.zeros_like(probe.tokens)
+    for row, asked, tokens in zip(guesses, probe.asked, probe.tokens, strict=True):
+        row[asked] = [NUMBERS[rng.choice(WORDS.values[words[key]])] for key in tokens[asked]]
     found = np.array(recall.accuracy(guesses, probe, 8))
     assert abs(found - 0.25).max() < 4 * (0.25 * 0.75 / 400) ** 0.5  # four standard errors
 
@@ -91,14 +94,14 @@ def test_guessing_scores_chance():
 def test_words_are_one_token_each_and_differ(tmp_path):
     names = [a + b + c for a in "bdfgk" for b in "aeiou" for c in "lmnrs"]
     words = tokenizer.train([" ".join(["", *names]) * 3], 428, tmp_path / "tokenizer.json")
-    some = recall.choose_words(words, 40, 8)
-    every = [some.marker, *some.keys, *some.values]
-    assert len(set(every)) == 49 and some == recall.choose_words(words, 40, 8)
+    some = recall.choose_words(words, 5, 8, 20)
+    every = [some.marker, *some.filler, *some.values, *sum(some.values.values(), ())]
+    assert len(set(every)) == 1 + 20 + 5 + 5 * 8 and some == recall.choose_words(words, 5, 8, 20)
     assert all(len(words.encode(f" {word}").ids) == 1 for word in every)
     pairs = recall.document(30, some, random.Random(0))
     assert len(words.encode(recall.text(pairs, some)).ids) == 61
-    with pytest.raises(UsageError, match="lower-case words of one token, expected 1009"):
-        recall.choose_words(words, 1000, 8)
+    with pytest.raises(UsageError, match="lower-case words of one token, expected 1065"):
+        recall.choose_words(words, 100, 9, 64)
 
 
 def test_a_row_of_several_documents_is_as_long(tmp_path):
