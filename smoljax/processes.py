@@ -1,8 +1,9 @@
 """Several processes as one run: they start together, agree, and stop together.
 
 `jax.distributed` does the work. A process that is lost is not mended inside a run: the others exit 75 (or, where the
-coordinator is gone or a peer hangs, JAX aborts them, 134), and configs/launch/restart.sh starts all of them again from
-the last checkpoint. Every process runs the same program; where one alone should act, or one alone knows, they ask here.
+coordinator is gone, a peer hangs or a save waits for it, JAX aborts them, 134, after guard.heartbeat_s at the latest),
+and configs/launch/restart.sh starts all of them again from the last checkpoint. Every process runs the same program;
+where one alone should act, or one alone knows, they ask here.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -153,7 +154,11 @@ def check_data(config: Train, rows: Rows):
 def room(folder: Path, config: Train) -> tuple[int, int, Path]:
     """Bytes that a run's folder still has to grow, bytes free there, and the nearest folder that exists."""
     folder = folder.absolute()
-    there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
+    there = 0
+    for at, _, names in os.walk(folder / "checkpoints"):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # Orbax clears away meanwhile what a kill left
+                there += os.stat(os.path.join(at, name)).st_size
     place = next(p for p in (folder, *folder.parents) if p.exists())
     return budget.disk_bytes(config) - there, shutil.disk_usage(place).free, place
 
