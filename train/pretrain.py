@@ -61,7 +61,7 @@ def main(argv=None) -> int:
 
     mesh = start_mesh(config, args)
     folder = Path(config.run)
-    with processes.together(), runs.memory(config, mesh), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, processes.together(), runs.memory(config, mesh):
         stop = stack.enter_context(watch.Stop(config.guard.grace_s))
         changes = processes.on_first(partial(claim, folder, config, stack))
         stack.enter_context(jax.set_mesh(mesh))
