@@ -247,9 +247,11 @@ def test_2000_steps_and_50_saves_leave_nothing_behind(place):
     seen = json.loads((place / "watched.json").read_text())
     late = [s for s in seen if s["step"] > 200]
     assert len(late) == 18
-    for what in ("fds", "threads"):  # the least of each half: in between a save is in flight
+    for what in ("fds", "threads"):
+        # The least of each half, for in between a save is in flight; pools of threads fill slowly, and one more with
+        # each save would be 20.
         halves = [min(s[what] for s in half) for half in (late[:9], late[9:])]
-        assert halves[1] <= halves[0] + 1, (what, late)
+        assert halves[1] <= halves[0] + 5, (what, late)
     assert late[0]["compiled"] == late[-1]["compiled"] > 0, late[-1]
 
 

@@ -77,7 +77,8 @@ def main(argv=None) -> int:
             runs.check_same_data(config, rows, start, checkpoints.metadata(start)["data"])
             if start >= config.steps:
                 processes.on_first(partial(draw_curves, folder))
-                print(f"{folder} is at step {start} already, steps = {config.steps}; raise steps to go on")
+                if processes.first():
+                    print(f"{folder} is at step {start} already, steps = {config.steps}; raise steps to go on")
                 return 0
         processes.on_first(partial(runs.check_disk, folder, config))
         processes.on_first(partial(runs.write_run, folder, config, rows))
