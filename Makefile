@@ -8,7 +8,7 @@ demo: .venv/.plot
 	@.venv/bin/smoljax demo
 
 test: .venv/.$(EXTRAS)
-	@.venv/bin/pytest
+	@.venv/bin/pytest -n 2 --dist loadfile
 
 test-slow: .venv/.$(EXTRAS)
 	@.venv/bin/pytest -m slow

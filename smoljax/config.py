@@ -183,7 +183,7 @@ class Guard:
     spike_sigma: float = 6.0  # standard deviations above their mean: the update is skipped
     grace_s: float = 60.0  # from SIGTERM to the exit, saved or not
     watchdog: float = 20.0  # no step for so many medians of a step's time, and for
-    watchdog_s: float = 300.0  # so many seconds, in which a save must fit: stacks of all threads, exit
+    watchdog_s: float = 300.0  # so many seconds (a save has ten times as long): stacks of all threads, exit
     heartbeat_s: int = 100  # of several processes: one that is silent for so long is taken for dead
     check_every: int | None = None  # steps; then loss and gradient are computed twice, and replicas compared
     failed_saves: int = 2  # checkpoints in a row that could not be written: the run stops

@@ -12,10 +12,9 @@ from smoljax.config import Guard
 
 def fresh(config: Guard) -> dict:
     """{"skipped": updates skipped so far, "in_a_row": of them the last ones[, "recent": 2W, "seen": of these]}."""
-    zero = jnp.zeros((), jnp.int32)
-    state = {"skipped": zero, "in_a_row": zero}
+    state = {name: jnp.zeros((), jnp.int32) for name in ("skipped", "in_a_row")}  # two arrays: both are donated
     if config.spike_window:  # the losses and gradient norms of the last W steps that were finite
-        state |= {"recent": jnp.zeros((2, config.spike_window), jnp.float32), "seen": zero}
+        state |= {"recent": jnp.zeros((2, config.spike_window), jnp.float32), "seen": jnp.zeros((), jnp.int32)}
     return state
 
 

@@ -92,7 +92,7 @@ class Meter:
 def spent_before(run: Path, step: int) -> dict:
     """The seconds of a run so far, as a process that goes on from checkpoint `step` finds them.
 
-    What is not in the record of that step was spent in vain: lost. It is kept in goodput.json, for the next attempt
+    What is not in the record of that step was spent in vain: lost. `keep_spent` writes it down, for the next attempt
     may be killed before its first record.
     """
     last, kept = None, {}
@@ -106,10 +106,11 @@ def spent_before(run: Path, step: int) -> dict:
     of_last = {k: (last or {}).get(f"goodput/{k}_s", 0.0) for k in SPENT}
     spent = {k: kept.get(f"goodput/{k}_s", 0.0) for k in SPENT}
     total = max(sum(of_last.values()), sum(before.values()))
-    spent |= {"lost": total - sum(spent.values()) + spent["lost"]}
-    if Path(run).is_dir():
-        atomic.write_json(file, spent)
-    return spent
+    return spent | {"lost": total - sum(spent.values()) + spent["lost"]}
+
+
+def keep_spent(run: Path, spent: dict):
+    atomic.write_json(Path(run) / "goodput.json", spent)
 
 
 def backwards(file: Path):

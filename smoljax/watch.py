@@ -80,8 +80,8 @@ class Stop:
 class Watchdog:
     """Ends the process, with the stacks of all its threads in `file`, when no step has come for too long.
 
-    Too long is `factor` times the median of the last 100 steps and at least `least` seconds, for a save too. Compiling
-    is not watched; its end starts the clock.
+    Too long is `factor` times the median of the last 100 steps and at least `least` seconds; compiling is not watched,
+    and its end starts the clock.
     """
 
     def __init__(self, factor: float, least: float, file: Path):
@@ -104,8 +104,17 @@ class Watchdog:
         self.last = now
 
     def alive(self, *_):
-        """No step, but not standing still: before and after a save, and after each batch of a held-out set."""
+        """No step, but not standing still: after each batch of a held-out set."""
         self.last = time.monotonic()
+
+    @contextlib.contextmanager
+    def patient(self):
+        """Around a save, which may have to wait for the last one: ten times the limit (20 GB at 60 MB/s are 340 s)."""
+        self.factor, self.least, self.last = 10 * self.factor, 10 * self.least, time.monotonic()
+        try:
+            yield
+        finally:
+            self.factor, self.least, self.last = self.factor / 10, self.least / 10, time.monotonic()
 
     @contextlib.contextmanager
     def pause(self):

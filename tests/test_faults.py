@@ -519,7 +519,7 @@ REFUSED = {
 
 def content(folder):
     """All that a run is, without the lock and what its clock says."""
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "goodput.json"))
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
     return {p: p.read_bytes() for p in files}
 
 

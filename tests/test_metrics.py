@@ -97,6 +97,7 @@ def test_what_a_kill_took_is_lost(tmp_path):
     zeros = dict.fromkeys(metrics.SPENT, 0.0)
     found = metrics.spent_before(tmp_path, 4)
     assert found == zeros | {"productive": 8.0, "compile": 5.0, "lost": 6.0}
+    metrics.keep_spent(tmp_path, found)
     with metrics.Log(tmp_path, 4, 9):  # killed again, before its first record: what was lost before is not forgotten
         assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4]
     assert metrics.spent_before(tmp_path, 4) == found

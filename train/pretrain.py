@@ -82,6 +82,7 @@ def main(argv=None) -> int:
                 return 0
         processes.on_first(partial(runs.check_disk, folder, config))
         processes.on_first(partial(runs.write_run, folder, config, rows))
+        processes.on_first(partial(metrics.keep_spent, folder, spent))
         if processes.first():
             for change in changes:
                 print(f"resuming with {change}", file=sys.stderr)
@@ -119,7 +120,7 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                     read(*unread)
                 unread = None
                 part, at = rows.part(n - 1), config.at(n - 1)
-                with meter.timing("restore"):
+                with read.dog.pause(), meter.timing("restore"):
                     abstract = jax.eval_shape(partial(init_state, at))
                     places = sharding.shardings(abstract, mesh)
                     update, check = (
@@ -166,12 +167,10 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
             if stopping or last or n % config.save_every == 0:
                 metadata = {"config": dataclasses.asdict(config), "model": dataclasses.asdict(at.model)}
                 metadata |= {"data": runs.history(config, rows, n)}
-                with meter.timing("checkpoint"):
-                    read.dog.alive()
+                with read.dog.patient(), meter.timing("checkpoint"):
                     checkpoints.save(n, metadata, **parts(state))
                     if stopping or last:
                         checkpoints.finish()
-                    read.dog.alive()
             if stopping and not last:
                 raise watch.stopped(n, stopping)
     return read.last
