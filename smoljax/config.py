@@ -312,7 +312,11 @@ class Train:
         self._check_stages()
 
     def _check_stages(self):
-        stages = tuple(Stage(**s) if isinstance(s, dict) else s for s in self.stages)  # as JSON has them
+        keys = [f.name for f in dataclasses.fields(Stage)]
+        for said in self.stages:  # as JSON has them
+            known = not isinstance(said, dict) or ("start" in said and said.keys() <= set(keys))
+            require(known, f"a stage says {said}; it needs start, and may say {', '.join(keys[1:])}, no more")
+        stages = tuple(Stage(**s) if isinstance(s, dict) else s for s in self.stages)
         object.__setattr__(self, "stages", stages)
         wrong = [s for s in stages if not isinstance(s, Stage)]
         require(not wrong, f"stages holds {wrong[:1]}, expected Stage(start=..., ...)")
