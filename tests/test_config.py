@@ -279,8 +279,8 @@ def test_two_settings_may_depend_on_each_other():
         ('stages=[{"start": 10}]', "a stage starts at [10], which steps = 10 does not reach"),
         ('stages=[{"start": 4}, {"start": 4}]', "stages start at [4, 4], expected each after the one before"),
         (
-            'stages=[{"start": 4, "seq_len": 24}]',
-            "the stage at 4: rows of 24 do not make up 64 tokens; set its batch_size",
+            'stages=[{"start": 4, "seq_len": 48}]',
+            "the stage at 4: rows of 48 do not make up 64 tokens; set its batch_size",
         ),
         ('stages=[{"start": 4, "seq_len": 24, "batch_size": 2}]', "data.seq_len is 16, which does not divide 24"),
         ('stages=[{"start": 4, "batch_size": 3}]', None),
