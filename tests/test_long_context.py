@@ -1,12 +1,14 @@
 """docs/long_context/recall.py: what a document of the recall task is, and what counts as recalled."""
 
+import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from docs.long_context import recall
+from docs.long_context import figures, recall
 from smoljax import tokenizer
 from smoljax.errors import UsageError
 
@@ -113,3 +115,9 @@ def test_a_row_of_several_documents_is_as_long(tmp_path):
         assert sum(len(ids(document)) + 1 for document in documents) == 64  # each with its end
         assert all(document.startswith(" mark ") for document in documents)
     assert lengths == {1, 2, 4, 8}
+
+
+def test_the_report_says_what_was_measured():
+    folder = Path(recall.__file__).parent
+    results = json.loads((folder / "results.json").read_text())
+    assert figures.tables(results) + "\n" in (folder / "README.md").read_text()
