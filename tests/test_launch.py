@@ -119,8 +119,8 @@ def test_a_stopped_restart_passes_it_on_once_and_ends(tmp_path, whom):
     program(tmp_path / "fake", SAVING)
     argv = ["bash", LAUNCH / "restart.sh", tmp_path / "fake", "run=run"]
     # A suite that runs in the background inherits an ignored SIGINT, which bash could then not trap.
-    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(argv, cwd=tmp_path, start_new_session=True, **hears)
+    hear = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", hear, *argv], cwd=tmp_path, start_new_session=True)
     until((tmp_path / "ready").exists)
     if whom == "the loop":
         process.send_signal(signal.SIGTERM)
