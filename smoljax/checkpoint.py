@@ -12,7 +12,6 @@ know no class of ours, of Flax or of Optax.
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from smoljax import atomic, companions, exchange, processes, settings, sums
+from smoljax import atomic, committed, companions, exchange, processes, settings, sums
 from smoljax.config import Model
 from smoljax.errors import CheckpointError
 from smoljax.model import SmolLM, abstract
@@ -128,7 +127,7 @@ class Checkpoints:
             raise self.error
 
     def fail(self, step: int, e: Exception):
-        kept = [s for s in steps(self.folder.parent) if s < step]
+        kept = [s for s in committed.steps(self.folder.parent) if s < step]
         stands = f"checkpoint {kept[-1]} stands" if kept else "there is none before it"
         sentence = f"checkpoint {step} could not be written into {self.folder}: {root_cause(e)}; {stands}"
         if jax.process_count() > 1:  # the others may have saved, or wait for us: no collective can be in step again
@@ -164,30 +163,6 @@ def load_state(run: Path, step: int, abstract: TrainState, shardings: TrainState
     """A run's state after `step` updates, without touching the run."""
     with ocp.training.Checkpointer(run.resolve() / "checkpoints") as orbax:
         return read_state(orbax, step, abstract, shardings)
-
-
-def newest_sound(run: Path) -> int | None:
-    """The newest checkpoint whose files are as SHA256SUMS says; damaged ones are named and moved to RUN/damaged."""
-    found = steps(run)
-    for step in reversed(found):
-        folder = run / "checkpoints" / str(step)
-        damaged = sums.damage(folder)
-        if damaged is None:
-            if not (folder / sums.NAME).exists():  # killed between the commit and the hashes
-                print(f"smoljax: checkpoint {step} has no {sums.NAME}: it is read unverified", file=sys.stderr)
-            return step
-        aside = run / "damaged" / str(step)
-        while aside.exists():
-            aside = aside.with_name(aside.name + "-again")
-        aside.parent.mkdir(exist_ok=True)
-        os.rename(folder, aside)
-        print(f"smoljax: checkpoint {step} is damaged: {damaged}; it was moved to {aside}", file=sys.stderr)
-    if (run / "damaged").exists():  # also when this is asked again: nothing of a run begins afresh by itself
-        raise CheckpointError(
-            f"all checkpoints of {run} are damaged, see {run / 'damaged'}; restore one of them "
-            "from a copy into checkpoints/STEP, or name a new folder with run=DIR"
-        )
-    return None
 
 
 def describe(orbax, step: int):
@@ -246,61 +221,29 @@ def root_cause(e: BaseException) -> str:
     return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
 
 
-def locate(path: Path) -> tuple[Path, int | None] | None:
-    """(run, None) for a run's folder, (run, step) for one of its checkpoints, None for anything else."""
-    path = Path(path).resolve()
-    path = path.parent if path.name == "checkpoints" else path
-    if (path / "checkpoints").is_dir():
-        return path, None
-    if path.parent.name == "checkpoints" and path.parent.is_dir() and path.name.isdecimal():
-        return path.parent.parent, int(path.name)
-    return None
-
-
-def steps(run: Path) -> list[int]:
-    """The complete checkpoints in a run's folder, oldest first."""
-    done = Path(run).glob("checkpoints/*/commit_success.txt")  # Orbax's mark, written last
-    return sorted(int(mark.parent.name) for mark in done if mark.parent.name.isdecimal())
-
-
-def newest(run: Path, asked: int | None) -> int:
-    """The newest complete checkpoint, or the one that was asked for."""
-    found = steps(run)
-    if not found or (asked is not None and asked not in found):
-        which = "checkpoint yet" if asked is None else f"checkpoint {asked}; it has {found or 'none'}"
-        raise CheckpointError(f"{run} holds no complete {which}")
-    return found[-1] if asked is None else asked
-
-
-def check_sums(run: Path, step: int):
-    """The weights of a checkpoint are as SHA256SUMS says, where it has one."""
-    if damaged := sums.damage(run / "checkpoints" / str(step), "model/"):
-        raise CheckpointError(f"{damaged}; name another checkpoint, {run}/checkpoints/STEP, or restore it from a copy")
-
-
 def load_model(path: Path, dtype: str | None = None) -> tuple[SmolLM, Model, int]:
     """The weights of a run (its newest checkpoint) or of one checkpoint, without the optimizer's state.
 
     In the dtype they were saved in, or in the given one. The run may be training: nothing in it is touched, and a
     checkpoint that its run deletes while it is read gives way to the newest.
     """
-    run, asked = locate(path)
+    run, asked = committed.locate(path)
     while True:
-        step = newest(run, asked)
+        step = committed.newest(run, asked)
         try:
             return *read_model(run, step, dtype), step
         except Exception as e:
-            if asked is None and step not in steps(run):
+            if asked is None and step not in committed.steps(run):
                 continue
             raise e if isinstance(e, CheckpointError) else unreadable(run / "checkpoints" / str(step), e) from e
 
 
 def read_model(run: Path, step: int, dtype: str | None) -> tuple[SmolLM, Model]:
-    check_sums(run, step)
+    committed.check_weights(run, step)
     with ocp.training.Checkpointer(run / "checkpoints") as orbax:
-        saved = describe(orbax, step)
-        config = settings.from_dict(Model, saved.custom_metadata["model"])
-        dtype = dtype or saved.metadata["model"]["embed"].dtype
+        found = describe(orbax, step)
+        config = settings.from_dict(Model, found.custom_metadata["model"])
+        dtype = dtype or found.metadata["model"]["embed"].dtype
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         model = jax.tree.map(lambda a: place(a, device, dtype), abstract(config))
         return read(orbax, step, {"model": model})["model"], config
@@ -309,23 +252,23 @@ def read_model(run: Path, step: int, dtype: str | None) -> tuple[SmolLM, Model]:
 @contextlib.contextmanager
 def open_source(path: Path):
     """A Source of a run (its newest checkpoint) or of one checkpoint, that reads one array at a time; a context."""
-    run, asked = locate(path)
-    step = newest(run, asked)
-    check_sums(run, step)
+    run, asked = committed.locate(path)
+    step = committed.newest(run, asked)
+    committed.check_weights(run, step)
     with ocp.training.Checkpointer(run / "checkpoints") as orbax:
-        saved = describe(orbax, step)
-        config = settings.from_dict(Model, saved.custom_metadata["model"])
-        stored, device = saved.metadata["model"], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        found = describe(orbax, step)
+        config = settings.from_dict(Model, found.custom_metadata["model"])
+        stored, device = found.metadata["model"], jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-        def array(name: str) -> np.ndarray:
+        def one(name: str) -> np.ndarray:
             tree = dict.fromkeys(stored, ocp.PLACEHOLDER) | {name: place(stored[name], device)}
             try:
                 return np.asarray(orbax.load_checkpointables(step, {"model": tree})["model"][name])
             except Exception as e:
                 raise unreadable(orbax.directory / str(step), e) from e
 
-        dtype = exchange.widest(str(found.dtype) for found in stored.values())
-        get = exchange.disassemble(config, array)
+        dtype = exchange.widest(str(array.dtype) for array in stored.values())
+        get = exchange.disassemble(config, one)
         yield exchange.Source(config, dtype, get, f"step {step} of {run}", companions.read(run))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from smoljax import atomic, checkpoint, processes
+from smoljax import atomic, committed, processes
 from smoljax.config import Train
 from smoljax.errors import DataError
 
@@ -57,7 +57,7 @@ def local(batch: dict) -> tuple[np.ndarray, dict]:
 def pin(run: Path, folder: Path, n: int):
     """Hold the newest checkpoint before step n by hard links, which cost nothing until the run deletes its own."""
     kept, part = folder / "checkpoints", folder / "checkpoints.part"
-    before = [step for step in checkpoint.steps(run) if step < n]
+    before = [step for step in committed.steps(run) if step < n]
     others = [pinned for pinned in (run / "dumps").glob("*/checkpoints") if pinned != kept]
     if not before or len(others) >= PINNED:
         return

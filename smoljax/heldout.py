@@ -79,6 +79,8 @@ def measure(
 
 def record(name: str, result: dict) -> dict:
     """What metrics.jsonl keeps of a result; bits per byte only where it is known."""
+    if not math.isfinite(result["loss"]):
+        return {f"eval/{name}/loss": None}
     keys = ("loss", "bits_per_byte", "loss_by_position")
     return {f"eval/{name}/{key}": result[key] for key in keys if result[key] is not None}
 
@@ -134,8 +136,6 @@ def summarise(nats, labels, size: int) -> dict:
     if not labels.sum():
         raise DataError("no token is predicted here: every document is one token long; leave out --mask-documents")
     loss = float(nats.sum() / labels.sum())
-    if not math.isfinite(loss):
-        raise DataError(f"the loss is {loss}: the model's weights are not finite")
     edges = [0, *(128 * 2**i for i in range(32) if 128 * 2**i < len(nats)), len(nats)]
     buckets = {
         f"{a}-{b - 1}": float(nats[a:b].sum() / labels[a:b].sum())

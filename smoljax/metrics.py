@@ -132,17 +132,20 @@ def backwards(file: Path):
 def read(run: Path, most: int | None = None) -> list[dict]:
     """The records of a run's metrics.jsonl; a last line cut by a kill is left out.
 
-    Of more than `most` lines every so manieth is taken, and those with held-out sets: a year of steps fills memory.
+    Of more than `most` lines every so manieth is taken, the last, and those with held-out sets: a year of steps fills
+    memory.
     """
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         return []
     with open(file) as lines:
-        every = max(sum(1 for _ in lines) // most, 1) if most else 1
+        count = sum(1 for _ in lines)
+        every = max(count // most, 1) if most else 1
         lines.seek(0)
         records = []
         for number, line in enumerate(lines, 1):
-            if not line.endswith("\n") or (number % every and '"eval/' not in line):
+            taken = number % every == 0 or number == count or '"eval/' in line
+            if not taken or not line.endswith("\n"):
                 continue
             try:
                 records.append(json.loads(line))

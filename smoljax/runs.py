@@ -6,7 +6,6 @@ RUN/metrics.jsonl see metrics.py           RUN/checkpoints/STEP  see checkpoint.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from smoljax import atomic, budget, checkpoint, settings, tokenizer, weights
+from smoljax import atomic, budget, committed, settings, tokenizer, weights
 from smoljax.config import Guard, Train
 from smoljax.data import Rows
 from smoljax.errors import CheckpointError, DataError, Error, UsageError, require
@@ -25,18 +24,8 @@ from smoljax.step import TrainState, init_state
 # and stages are compared as far as they were read (check_same_data).
 FREE = {
     *("steps", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.decay_steps", "optim.decay"),
-    *(
-        "accumulate",
-        "init_from",
-        "log_every",
-        "save_every",
-        "keep",
-        "keep_every",
-        "run",
-        "sinks",
-        "data.max_epochs",
-        "data.chunk",
-    ),
+    *("accumulate", "init_from", "log_every", "save_every", "keep", "keep_every", "run", "sinks"),
+    *("data.max_epochs", "data.chunk"),
     *("heldout.sets", "heldout.every", "heldout.max_tokens"),
     *(f"guard.{name}" for name in settings.flat(Guard()) if name != "spike_window"),
     *("compute.dtype", "compute.remat", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.tensor"),
@@ -51,24 +40,25 @@ def open_run(folder: Path, config: Train) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         if all(p.name.startswith(".") or p.name == "config.json.part" for p in folder.iterdir()):
             atomic.write_json(file, dataclasses.asdict(config))
-        saved = json.loads(file.read_text()) if file.exists() else None
+        before = settings.of_run(folder) if file.exists() else None
     except OSError as e:
         raise UsageError(f"run = {folder} cannot be written ({e.strerror}); name another folder with run=DIR") from None
-    except ValueError as e:
-        raise CheckpointError(f"{file} is not JSON ({e}); restore it from a checkpoint's metadata") from None
-    if not isinstance(saved, dict) or not {"model", "steps"} <= saved.keys():
+    if before is None:
         raise UsageError(
             f"{folder} is not empty and not a run; name a new folder with run=DIR (weights alone go into init_from=)"
         )
-    if not checkpoint.steps(folder):
+    if not committed.steps(folder):
         return []  # nothing was trained yet: there is nothing to contradict
-    before, now = settings.flat(settings.from_dict(Train, saved)), settings.flat(config)
-    changed = [k for k in now if k != "data.sources" and before[k] != now[k]]
-    refused = [f"{k} = {now[k]} (the run has {before[k]})" for k in changed if k not in FREE | {"stages"}]
+    was, now = settings.flat(before), settings.flat(config)
+    changed = [k for k in now if k not in ("data.sources", "stages") and was[k] != now[k]]
+    refused = [f"{k} = {now[k]} (the run has {was[k]})" for k in changed if k not in FREE]
     require(
         not refused, f"{config.run} is a run of another config: {', '.join(refused)}; name a new folder with run=DIR"
     )
-    return [f"{k} = {now[k]} (was {before[k]})" for k in changed if k != "run"]
+    starts = sorted(
+        {s.start for s in (*before.stages, *config.stages) if s not in before.stages or s not in config.stages}
+    )
+    return [f"{k} = {now[k]} (was {was[k]})" for k in changed if k != "run"] + [f"another stage at {s}" for s in starts]
 
 
 def write_run(folder: Path, config: Train, rows: Rows):

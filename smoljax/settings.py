@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smoljax import nanotron_config
 from smoljax.config import Train
-from smoljax.errors import UsageError, require
+from smoljax.errors import CheckpointError, UsageError, require
 
 SUFFIXES = (".py", ".yaml", ".yml")
 
@@ -157,6 +157,17 @@ def from_dict(kind, values: dict):
         return kind(**new)
     except TypeError as e:  # a required key is missing
         raise UsageError(f"saved {kind.__name__}: {e}") from None
+
+
+def of_run(folder: Path) -> Train | None:
+    """The config of a run's folder; None where its config.json is of something else. A CheckpointError if damaged."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as e:
+        raise CheckpointError(f"{file} is not JSON ({e}); restore it from a checkpoint's metadata") from None
+    fine = isinstance(values, dict) and {"model", "steps"} <= values.keys()
+    return from_dict(Train, values) if fine else None
 
 
 def flat(config, prefix: str = "") -> dict:

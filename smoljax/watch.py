@@ -86,7 +86,7 @@ class Watchdog:
 
     def __init__(self, factor: float, least: float, file: Path):
         self.factor, self.least, self.file = factor, least, file
-        self.times, self.last, self.paused = deque(maxlen=100), None, 0
+        self.times, self.last, self.paused, self.patience = deque(maxlen=100), None, 0, 1
         self.closed = threading.Event()
 
     def __enter__(self):
@@ -110,11 +110,12 @@ class Watchdog:
     @contextlib.contextmanager
     def patient(self):
         """Around a save, which may have to wait for the last one: ten times the limit (20 GB at 60 MB/s are 340 s)."""
-        self.factor, self.least, self.last = 10 * self.factor, 10 * self.least, time.monotonic()
+        self.patience, self.last = 10, time.monotonic()
         try:
             yield
         finally:
-            self.factor, self.least, self.last = self.factor / 10, self.least / 10, time.monotonic()
+            self.last = time.monotonic()  # first, as in pause
+            self.patience = 1
 
     @contextlib.contextmanager
     def pause(self):
@@ -126,7 +127,7 @@ class Watchdog:
             self.paused -= 1
 
     def limit(self) -> float:
-        return max(self.least, self.factor * statistics.median(self.times)) if self.times else self.least
+        return self.patience * max(self.least, self.factor * statistics.median(self.times or [0]))
 
     def watch(self):
         while not self.closed.wait(min(1.0, self.least / 10)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from smoljax import checkpoint, companions, exchange, fetch, gguf, hf, hub, nanotron, tokenizer
+from smoljax import checkpoint, committed, companions, exchange, fetch, gguf, hf, hub, nanotron, tokenizer
 from smoljax.config import Model
 from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.model import SmolLM
@@ -107,7 +107,7 @@ def open_source(path: str | Path) -> Iterator[exchange.Source]:
 
 def run_of(path: Path) -> tuple[Path, int | None] | None:
     """The run that a path is in; nanotron calls its folders checkpoints/STEP, too."""
-    return None if nanotron.is_checkpoint(path) else checkpoint.locate(path)
+    return None if nanotron.is_checkpoint(path) else committed.locate(path)
 
 
 def find(path: str | Path) -> Path:

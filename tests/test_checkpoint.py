@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from smoljax import checkpoint, sharding, sums
+from smoljax import checkpoint, committed, sharding, sums
 from smoljax.config import Mesh, Model, Optim, Train
 from smoljax.errors import CheckpointError
 from smoljax.step import init_state
@@ -32,7 +32,7 @@ def run(tmp_path, state):
 
 
 def test_the_newest_and_every_third_are_kept(run):
-    assert checkpoint.steps(run) == [3, 6, 7, 8]
+    assert committed.steps(run) == [3, 6, 7, 8]
 
 
 def test_a_state_is_restored_bit_for_bit_on_another_mesh(run, state):
@@ -109,9 +109,9 @@ def test_one_flipped_byte_of_any_file_is_found_and_the_one_before_is_used(run, c
         file.write_bytes(whole)
         assert sums.damage(newest) is None
     file.write_bytes(b"no")
-    assert checkpoint.newest_sound(run) == 7
+    assert committed.newest_sound(run) == 7
     assert f"checkpoint 8 is damaged: {file} has changed" in capsys.readouterr().err
-    assert checkpoint.steps(run) == [3, 6, 7] and files_of(run / "damaged/8")
+    assert committed.steps(run) == [3, 6, 7] and files_of(run / "damaged/8")
 
 
 def test_damage_that_is_no_flipped_byte(run):
@@ -127,12 +127,12 @@ def test_damage_that_is_no_flipped_byte(run):
 
 
 def test_when_all_are_damaged_nothing_starts_afresh(run):
-    for step in checkpoint.steps(run):
+    for step in committed.steps(run):
         files_of(run / "checkpoints" / str(step))[0].write_bytes(b"")
     with pytest.raises(CheckpointError, match="all checkpoints of .* are damaged"):
-        checkpoint.newest_sound(run)
+        committed.newest_sound(run)
     with pytest.raises(CheckpointError, match="all checkpoints of .* are damaged"):  # nor when asked again
-        checkpoint.newest_sound(run)
+        committed.newest_sound(run)
 
 
 def test_a_failed_save_is_known_a_step_later_and_the_second_in_a_row_is_an_error(tmp_path, state, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_a_failed_save_is_known_a_step_later_and_the_second_in_a_row_is_an_error
             saved.wait()
         monkeypatch.undo()
         saved.save(4, metadata, **parts)
-    assert checkpoint.newest_sound(tmp_path) == 4
+    assert committed.newest_sound(tmp_path) == 4
 
 
 def test_cleaning_up_touches_only_what_a_save_left(run, state):
@@ -167,4 +167,4 @@ def test_cleaning_up_touches_only_what_a_save_left(run, state):
     with checkpoint.Checkpoints(run, keep=9) as saved:
         saved.save(10, {"model": dataclasses.asdict(CONFIG.model)}, **checkpoint.parts(state))
     assert not left.exists() and all(file.read_text() == "mine" for file in mine)
-    assert checkpoint.steps(run) == [3, 6, 7, 8, 10]
+    assert committed.steps(run) == [3, 6, 7, 8, 10]

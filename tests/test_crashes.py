@@ -21,7 +21,7 @@ import pytest
 import test_faults as faults
 import test_pretrain as whole
 
-from smoljax import checkpoint, errors, metrics, sums
+from smoljax import committed, errors, metrics, sums
 
 pytestmark = pytest.mark.slow
 V = 64
@@ -173,7 +173,7 @@ def assert_sound(folder):
 
     An older one may be half deleted; then its sums say so, and the next save clears it away.
     """
-    *older, newest = checkpoint.steps(folder) or [None]
+    *older, newest = committed.steps(folder) or [None]
     for step in older:
         assert "is missing" in (sums.damage(folder / "checkpoints" / str(step)) or "is missing"), step
     if newest:
@@ -227,7 +227,7 @@ def test_killed_before_every_second_change_of_a_file(place):
         log = (place / f"at-{k}.log").read_text()
         assert code in (0, -signal.SIGKILL) and again == 0 and "Traceback" not in log, (k, code, again, log)
         faults.assert_same_run(short, place / f"at-{k}", 2)
-        assert checkpoint.newest_sound(place / f"at-{k}") == 2
+        assert committed.newest_sound(place / f"at-{k}") == 2
 
 
 def test_2000_steps_and_50_saves_leave_nothing_behind(place):
@@ -236,7 +236,7 @@ def test_2000_steps_and_50_saves_leave_nothing_behind(place):
     argv = job(place, "long", "stages=[]", "steps=2000", "save_every=40", "guard.check_every=100", *wide)
     [[code, _]] = run_all([argv | {"watched": str(place / "watched.json")}])
     assert code == 0, (place / "long.log").read_text()
-    assert checkpoint.steps(place / "long") == [1960, 2000]
+    assert committed.steps(place / "long") == [1960, 2000]
     steps, rss = np.array([[r["step"], r["host/rss_gb"] * 1e3] for r in metrics.read(place / "long")])[400:].T
     per_save = np.polyfit(steps, rss, 1)[0] * 40  # MB
     print(f"{per_save:.2f} MB a save, {rss[0]:.0f} to {rss[-1]:.0f} MB")

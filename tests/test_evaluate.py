@@ -3,12 +3,13 @@
 import json
 
 import corpus
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from infer import convert
-from smoljax import weights
+from smoljax import checkpoint, weights
 from smoljax.errors import run
 from train import evaluate, pretrain
 
@@ -108,3 +109,11 @@ def test_mistakes_are_one_sentence(place, capsys, tmp_path):
         assert run(evaluate.main, [str(a) for a in argv]) == code
         err = capsys.readouterr().err.strip()
         assert sentence in err and err.count("\n") == 0, err
+
+
+def test_weights_that_are_not_finite_are_refused(place, tmp_path, capsys):
+    found = weights.read(place / "run")
+    broken = jax.tree.map(lambda w: w * float("nan"), found.model)
+    checkpoint.save_model(tmp_path / "model", broken, found.config)
+    assert run(evaluate.main, [str(tmp_path / "model"), "--data", str(place / "shards")]) == 3
+    assert "the loss is nan: the model's weights are not finite" in capsys.readouterr().err

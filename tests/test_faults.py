@@ -28,10 +28,12 @@ import jax
 import numpy as np
 import pytest
 import test_pretrain as whole
+from test_pretrain import words
 
 from smoljax import (
     budget,
     checkpoint,
+    committed,
     corruption,
     data,
     dumps,
@@ -74,10 +76,6 @@ def place(tmp_path_factory):
     corpus.write(folder / "shards", corpus.documents(400, V), V)
     corpus.write(folder / "held", corpus.documents(20, V, seed=1), V)
     return folder
-
-
-def words(place, name, *settings):
-    return [str(place / "tiny.py"), f"data.sources={place / 'shards'}", f"run={place / name}", *settings]
 
 
 def faulty(feed, kill=None, bad=(), signals=(), block=None, native=None, calls=MappingProxyType({})):
@@ -178,7 +176,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, uninterrupted, monke
     argv = words(place, f"signal-{number}", "keep=99", "save_every=100")
     assert run(monkeypatch, argv, bad=BAD, signals=[(5, number)]) == code
     err = capsys.readouterr().err
-    saved = checkpoint.steps(place / f"signal-{number}")[-1]
+    saved = committed.steps(place / f"signal-{number}")[-1]
     assert 5 <= saved <= 7 and err.count("Traceback") == 0
     assert f"smoljax: {signal.Signals(number).name} came; step {saved} is saved, the same command goes on" in err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was
@@ -190,7 +188,7 @@ def test_a_second_signal_ends_at_once(place):
     faults = {"signals": [[4, signal.SIGTERM], [4, signal.SIGINT]]}
     ended = child(faults, *words(place, "twice", "save_every=100"))
     assert ended.returncode == 130 and "a second signal stops at once" in ended.stderr
-    assert checkpoint.steps(place / "twice") == []
+    assert committed.steps(place / "twice") == []
 
 
 # ---- a disk that is full
@@ -259,7 +257,7 @@ def test_a_dump_without_its_run(place, copy, capsys):
     forget(place, copy)
     shutil.rmtree(copy / "checkpoints")
     code, found = replayed(capsys, copy / "dumps/4")
-    assert (code, found["from"]) == (0, checkpoint.steps(copy / "dumps/4")[0])  # the checkpoint that it pinned
+    assert (code, found["from"]) == (0, committed.steps(copy / "dumps/4")[0])  # the checkpoint that it pinned
     last = max((copy / "dumps").iterdir(), key=lambda p: int(p.name))
     assert int(last.name) >= 11 and not (last / "checkpoints").exists()
     code, found = replayed(capsys, last)
@@ -306,7 +304,7 @@ def test_a_dump_of_a_step_that_came_before_keeps_its_checkpoint(place, copy):
     """A resumed run comes to the same bad step again, and dumps it again."""
     for newest in (3, 2):  # the second time the run has gone back to an older one
         dumps.pin(copy, copy / "dumps/4", 4)
-        assert checkpoint.steps(copy / "dumps/4") == [newest]
+        assert committed.steps(copy / "dumps/4") == [newest]
         shutil.rmtree(copy / f"checkpoints/{newest}")  # links and no copies, and yet there
         assert whole.arrays(copy / "dumps/4", newest).keys() == whole.arrays(copy, 6).keys()
 
@@ -334,7 +332,7 @@ def test_a_step_that_never_comes_is_ended_with_all_stacks(place):
     stacks = (place / "hangs/stacks-0.txt").read_text()
     assert stacks.count("Thread 0x") + stacks.count("Current thread") > 1
     assert "in batches" in stacks and "train/pretrain.py" in stacks  # which says what it waited for
-    assert checkpoint.newest_sound(place / "hangs") == 1
+    assert committed.newest_sound(place / "hangs") == 1
 
 
 def test_signals_are_heard_while_the_main_thread_is_in_native_code(place):
@@ -342,7 +340,7 @@ def test_signals_are_heard_while_the_main_thread_is_in_native_code(place):
     ended = child({"native": 4}, *words(place, "native", "stages=[]", "guard.grace_s=0.5"))
     assert ended.returncode == 75, ended.stderr
     assert "no checkpoint within guard.grace_s = 0.5 s of the signal; the last one stands" in ended.stderr
-    assert checkpoint.newest_sound(place / "native") == 2
+    assert committed.newest_sound(place / "native") == 2
 
 
 def test_pauses_are_not_watched(tmp_path, monkeypatch):
@@ -378,7 +376,7 @@ def test_pauses_are_not_watched(tmp_path, monkeypatch):
 def test_memory_beyond_the_limit_saves_and_ends(place, uninterrupted, monkeypatch, capsys):
     argv = words(place, "memory", "save_every=99", "guard.max_rss_gb=0.001")
     assert run(monkeypatch, argv, bad=BAD) == 75
-    saved = checkpoint.newest_sound(place / "memory")
+    saved = committed.newest_sound(place / "memory")
     assert saved <= 3
     assert f"host memory is beyond guard.max_rss_gb; step {saved} is saved, the same" in capsys.readouterr().err
     argv[-1] = "guard.max_rss_gb=1000"
@@ -542,7 +540,7 @@ def test_what_lies_ahead_may_change(place, at_nine, capsys):
     argv = [*words(place, "x", "keep=99", *ahead), f"run={at_nine}"]
     assert errors.run(pretrain.main, argv) == 0
     err = capsys.readouterr().err
-    for said in ("steps = 13 (was 14)", "optim.lr = 0.005 (was 0.01)", "stages = ", "save_every = 2 (was 1)"):
+    for said in ("steps = 13 (was 14)", "optim.lr = 0.005 (was 0.01)", "another stage at 12", "save_every = 2 (was 1)"):
         assert f"resuming with {said}" in err
     assert "stage    from step 9: 16 x 32 tokens, theta 300000, documents masked" in err
     rows = records(at_nine)
@@ -624,7 +622,7 @@ def test_one_save_that_fails_is_made_up_for(place, uninterrupted, written, monke
     err = capsys.readouterr().err
     assert "checkpoint 4 could not be written into" in err and "File too large" in err, err
     assert "checkpoint 2 stands; training goes on to the next save" in err and err.count("could not be written") == 1
-    assert checkpoint.steps(place / "once") == [2, 6, 8, 10, 12, 14]
+    assert committed.steps(place / "once") == [2, 6, 8, 10, 12, 14]
     assert_same_run(uninterrupted, place / "once", 14)
 
 
@@ -635,7 +633,7 @@ def test_saves_that_go_on_failing_end_the_run(place, uninterrupted, written, mon
     err = capsys.readouterr().err
     assert err.strip().splitlines()[-1].startswith("smoljax: checkpoint 6 could not be written into"), err
     assert "checkpoint 2 stands" in err and "enough memory" not in err and "Traceback" not in err
-    assert checkpoint.steps(place / "never") == [2]
+    assert committed.steps(place / "never") == [2]
     assert [r["step"] for r in records(place / "never")] == list(range(1, len(records(place / "never")) + 1))
     assert run(monkeypatch, argv, bad=BAD) == 0
     assert all(p.name.isdecimal() for p in (place / "never/checkpoints").iterdir())  # what failed was cleared away

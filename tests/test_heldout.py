@@ -216,8 +216,8 @@ def test_results_that_cannot_be(place, tmp_path):
     with pytest.raises(DataError, match="web holds token id 63, but its tokenizer has ids below 63"):
         heldout.measure(model, short, ROWS, Compute(), mesh)
     broken = jax.tree.map(lambda w: w * float("nan"), model)
-    with pytest.raises(DataError, match="the loss is nan: the model's weights are not finite"):
-        heldout.measure(broken, opened(place), ROWS, Compute(), mesh)
+    result = heldout.measure(broken, opened(place), ROWS, Compute(), mesh)
+    assert np.isnan(result["loss"]) and heldout.record("web", result) == {"eval/web/loss": None}  # as JSON can have it
 
 
 def test_two_processes_measure_what_one_does_and_read_their_own_rows_alone(place):

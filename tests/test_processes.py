@@ -4,6 +4,7 @@ Between set-ups, losses are compared within 1e-5: each adds the gradients of its
 of the same set-up, bit for bit.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from test_pretrain import CONFIG, arrays
 
-from smoljax import atomic, checkpoint, data, errors, metrics, settings
+from smoljax import atomic, committed, data, errors, metrics, settings
 from train import pretrain, replay
 
 V, B, STEPS = 64, 8, 12
@@ -84,7 +85,7 @@ def close(folder, other):
 def cut(place, name, whole, step):
     """A copy of a run as it was right after checkpoint `step`."""
     shutil.copytree(place / whole, place / name)
-    for later in checkpoint.steps(place / name):
+    for later in committed.steps(place / name):
         if later > step:
             shutil.rmtree(place / name / "checkpoints" / str(later))
     return name
@@ -167,7 +168,7 @@ def test_stopped_and_killed_in_turn_equals_uninterrupted_bit_for_bit(place, laun
     asked[1].kill(signal.SIGTERM)  # one of them alone
     asked[1].go()
     assert [p.code for p in asked] == [75, 75], [p.err for p in asked]
-    saved = checkpoint.steps(place / "killed")[-1]
+    saved = committed.steps(place / "killed")[-1]
     assert saved in (3, 4)  # batches 0, 1, 2, and 3 where the answer was read a step later
     sentence = f"smoljax: SIGTERM came; step {saved} is saved, the same command goes on from there"
     assert [p.said for p in asked] == [sentence, sentence]
@@ -199,7 +200,8 @@ def test_stopped_and_killed_in_turn_equals_uninterrupted_bit_for_bit(place, laun
 
 def test_a_mistake_that_process_0_knows_ends_all_alike(place, launcher):
     (place / "locked").mkdir()
-    (place / "locked/config.json").write_text(json.dumps({"model": {}, "steps": 1}))
+    config = settings.load(str(place / "tiny.py"), words(place, "locked")[1:])
+    atomic.write_json(place / "locked/config.json", dataclasses.asdict(config))
     with atomic.lock(place / "locked/.lock", "mine"):
         processes = launcher.several(*words(place, "locked"))
         assert [p.code for p in processes] == [2, 2]
@@ -327,7 +329,7 @@ def test_restart_sh_around_two_processes_of_which_one_is_killed(place, two):
         return subprocess.Popen(command, env=env, cwd=launch.ROOT, stdout=subprocess.DEVNULL, stderr=err)
 
     hosts = [host(0), host(1)]
-    while not checkpoint.steps(place / "restarted"):
+    while not committed.steps(place / "restarted"):
         assert hosts[0].poll() is None, (place / "host0.err").read_text()
         time.sleep(0.05)
     child = Path(f"/proc/{hosts[1].pid}/task/{hosts[1].pid}/children").read_text()

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from smoljax import curves
+from smoljax import curves, recorded
 from smoljax.config import Data, Heldout, Model, Optim, Stage, Train
 from smoljax.errors import CheckpointError, UsageError, run
 from train import report
@@ -133,7 +133,7 @@ def test_the_picture_shows_the_runs_each_in_its_colour(tmp_path):
     for colour in curves.COLOURS[:2]:
         wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (abs(pixels[..., :3] - wanted).max(-1) < 0.01).sum() > 500
-    one, other = (curves.picture(curves.load([tmp_path / name])) for name in "ab")
+    one, other = (curves.picture(recorded.load([tmp_path / name])) for name in "ab")
     assert one != other
 
 
@@ -158,15 +158,15 @@ def test_a_run_of_one_record_and_losses_that_are_not_finite_still_draw(tmp_path,
 
 def test_tokens_and_stages_on_paper(tmp_path):
     write(tmp_path / "a")
-    (r,) = curves.load([tmp_path / "a"])
+    (r,) = recorded.load([tmp_path / "a"])
     # 8 rows of 32 for 40 updates; then rows of 64, as many tokens a step as before.
-    assert [curves.tokens_at(r.config, n) for n in (0, 1, 20, 40, 41, 60)] == [0, 256, 5120, 10240, 10496, 15360]
+    assert [recorded.tokens_at(r.config, n) for n in (0, 1, 20, 40, 41, 60)] == [0, 256, 5120, 10240, 10496, 15360]
     config = dataclasses.replace(r.config, stages=(Stage(start=40, seq_len=64, batch_size=8),))
-    assert curves.tokens_at(config, 60) == 40 * 256 + 20 * 512
+    assert recorded.tokens_at(config, 60) == 40 * 256 + 20 * 512
     # A measurement without train/tokens, as at the end of a run, stands where its step does.
     lines = [{"step": 10, "train/tokens": 100}, {"step": 15, "eval/web/loss": 2.0}, {"step": 20, "train/tokens": 300}]
     (tmp_path / "a/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert curves.load([tmp_path / "a"])[0].tokens.tolist() == [100, 200, 300]
+    assert recorded.load([tmp_path / "a"])[0].tokens.tolist() == [100, 200, 300]
 
 
 def test_a_long_run_keeps_every_spike():
@@ -188,9 +188,9 @@ def test_a_long_run_keeps_every_spike():
 
 def test_equal_names_are_told_apart(tmp_path):
     paths = [tmp_path / p for p in ("x/base", "y/base", "other", "p/q/same", "r/q/same")]
-    assert curves.labels(paths) == ["x/base", "y/base", "other", "p/q/same", "r/q/same"]
+    assert recorded.labels(paths) == ["x/base", "y/base", "other", "p/q/same", "r/q/same"]
     with pytest.raises(UsageError, match="are the same run; name each once"):
-        curves.labels([tmp_path / "x/base", tmp_path / "y/../x/base"])
+        recorded.labels([tmp_path / "x/base", tmp_path / "y/../x/base"])
 
 
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
@@ -212,7 +212,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
         ("new",): (2, "new has no records in metrics.jsonl"),
         ("torn",): (4, "torn/metrics.jsonl:2 is not JSON"),
         ("odd",): (3, "odd/metrics.jsonl has a train/loss that is not a number"),
-        ("three",): (4, "three/metrics.jsonl:1 is no record with a step"),
+        ("three",): (4, "three/metrics.jsonl: 3 is no record with a step"),
         ("fine", "fine"): (2, "fine and fine are the same run"),
         ("fine", "--output", "fine/config.json"): (2, "--output fine/config.json cannot be written"),
     }

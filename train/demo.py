@@ -98,11 +98,11 @@ def evaluate(model: Path, heldout: Path) -> dict:
 
 def kill_on_the_way(folder: Path, *command):
     """Start the run and kill it without warning once it is past its first checkpoint."""
-    from smoljax import checkpoint, metrics
+    from smoljax import committed, metrics
 
     process = smoljax(*command, wait=False)
     while process.poll() is None:
-        saved, records = checkpoint.steps(folder), metrics.read(folder)
+        saved, records = committed.steps(folder), metrics.read(folder)
         if saved and records and records[-1]["step"] > max(saved):
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -14,7 +14,7 @@ import sys
 from functools import partial
 
 from smoljax.config import Compute, Mesh
-from smoljax.errors import require, run
+from smoljax.errors import DataError, require, run
 
 
 def main(argv=None) -> int:
@@ -57,6 +57,8 @@ def main(argv=None) -> int:
     model = jax.device_put(found.model, sharding.shardings(found.model, mesh))
     what = HeldoutSet(args.data, windows, count, lengths)
     result = measure(model, what, rows, compute, mesh, partial(progress, count=count))
+    if not math.isfinite(result["loss"]):
+        raise DataError(f"the loss is {result['loss']}: the model's weights are not finite")
     result |= {"model": str(args.model), "data": str(args.data), "seq_len": T}
     print(json.dumps(result) if args.json else table(result))
     return 0

@@ -11,6 +11,7 @@ the same command runs on each: configs/launch has files for SLURM, GKE and TPU p
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from functools import partial
@@ -43,7 +44,7 @@ def main(argv=None) -> int:
         return dryrun.run(config, start_mesh(config, args))
 
     # ---- what can be known before JAX starts: the data, the weights to start from
-    from smoljax import checkpoint, heldout, runs, sinks, weights
+    from smoljax import checkpoint, committed, heldout, runs, sinks, weights
     from smoljax.data import Rows
 
     sinks.check(config.sinks)
@@ -51,7 +52,7 @@ def main(argv=None) -> int:
     runs.check_data(config, rows)
     sources = list(rows.sources.values())
     held = {part.start: heldout.open_sets(config.at(part.start), sources) for part in rows.parts}
-    if config.init_from and not checkpoint.steps(Path(config.run)):  # a run that goes on has its own weights
+    if config.init_from and not committed.steps(Path(config.run)):  # a run that goes on has its own weights
         weights.find(config.init_from)
 
     # ---- mesh
@@ -68,7 +69,7 @@ def main(argv=None) -> int:
         begun = time.perf_counter()
 
         # ---- checkpoints: which one to go on from, and whether it is of this run
-        start = processes.on_first(partial(checkpoint.newest_sound, folder)) or 0
+        start = processes.on_first(partial(committed.newest_sound, folder)) or 0
         spent = processes.on_first(partial(metrics.spent_before, folder, start))
         kept = checkpoint.Checkpoints(folder, config.keep, config.keep_every, config.guard.failed_saves)
         checkpoints = stack.enter_context(kept)
@@ -123,10 +124,8 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                 with read.dog.pause(), meter.timing("restore"):
                     abstract = jax.eval_shape(partial(init_state, at))
                     places = sharding.shardings(abstract, mesh)
-                    update, check = (
-                        compiled_step(at, places),
-                        corruption.Check(at, mesh) if config.guard.check_every else None,
-                    )
+                    update = compiled_step(at, places)
+                    check = corruption.Check(at, mesh) if config.guard.check_every else None
                     if state is not None:
                         state = of_stage(at, state)
                     else:
@@ -183,7 +182,10 @@ def evaluate(model, sets: list, at: Train, mesh, alive) -> dict:
     rows, found = at.data.batch_size // at.accumulate, {}
     for held in sets:
         alive()
-        found |= heldout.record(held.name, heldout.measure(model, held, rows, at.compute, mesh, alive))
+        result = heldout.measure(model, held, rows, at.compute, mesh, alive)
+        found |= heldout.record(held.name, result)
+        if not math.isfinite(result["loss"]) and processes.first():  # its weights are finite: guard.py sees to that
+            print(f"smoljax: the loss on held-out {held.name} is {result['loss']}", file=sys.stderr)
     return found
 
 

@@ -71,7 +71,7 @@ def state_before(config: Train, dump: Path, folder: Path, n: int, rows):
     """(updates done, the state after them): of the dump, else of the run, else from the beginning."""
     import jax
 
-    from smoljax import checkpoint, runs, sharding, sums
+    from smoljax import checkpoint, committed, runs, sharding, sums
     from smoljax.step import init_state
 
     def abstract_and_places(step: int):
@@ -79,7 +79,7 @@ def state_before(config: Train, dump: Path, folder: Path, n: int, rows):
         return abstract, sharding.shardings(abstract, jax.sharding.get_mesh())
 
     for place in (dump, dump.parent.parent, folder):  # the run may have moved, or its dump
-        for step in reversed([step for step in checkpoint.steps(place) if step < n]):
+        for step in reversed([step for step in committed.steps(place) if step < n]):
             damaged = sums.damage(place / "checkpoints" / str(step))
             if damaged is None:
                 return step, checkpoint.load_state(place, step, *abstract_and_places(step))

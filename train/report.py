@@ -61,9 +61,9 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true", help="the table as one JSON line on stdout")
     args = parser.parse_args(argv)
 
-    from smoljax import curves
+    from smoljax import curves, recorded
 
-    runs = curves.load(args.runs)
+    runs = recorded.load(args.runs)
     for r in runs:
         require(bool(r.records), f"{r.folder} has no records in metrics.jsonl; let it train for a step first")
     rows, differ = [row(r) for r in runs], differences([r.config for r in runs])
