@@ -181,6 +181,7 @@ class Guard:
     max_skips: int = 3  # updates in a row that were skipped, for a loss or gradient not finite or a spike: it stops
     spike_window: int = 0  # steps that a loss or gradient norm is compared with; 0 takes none for a spike
     spike_sigma: float = 6.0  # standard deviations above their mean: the update is skipped
+    leave_out: tuple = ()  # steps whose batch is read and not learned from, such as one that a dump showed to be bad
     grace_s: float = 60.0  # from SIGTERM to the exit, saved or not
     watchdog: float = 20.0  # no step for so many medians of a step's time, and for
     watchdog_s: float = 300.0  # so many seconds (a save has ten times as long): stacks of all threads, exit
@@ -190,12 +191,16 @@ class Guard:
     max_rss_gb: float | None = None  # of host memory: the run saves and exits before the machine kills it
 
     def __post_init__(self):
+        if isinstance(self.leave_out, list):  # as JSON has it
+            object.__setattr__(self, "leave_out", tuple(self.leave_out))
         check(self)
+        fine = all(type(n) is int and n > 0 for n in self.leave_out)
+        require(fine, f"guard.leave_out is {self.leave_out}, expected steps as in metrics.jsonl: 1201,1202")
         require(self.spike_window >= 0, f"guard.spike_window is {self.spike_window}, expected 0 or more")
         require(self.spike_window != 1, "guard.spike_window is 1, expected 0 or at least 2: one step has no deviation")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            fine = f.name == "spike_window" or value is None or (value > 0 and math.isfinite(value))
+            fine = f.name in ("spike_window", "leave_out") or value is None or (value > 0 and math.isfinite(value))
             require(fine, f"guard.{f.name} is {value}, expected more than 0")
 
 

@@ -32,3 +32,8 @@ def judge(state: dict, loss, grad_norm, config: Guard):
         new = {"recent": jnp.where(finite, written, recent), "seen": seen + finite}
     in_a_row = jnp.where(fine, 0, state["in_a_row"] + 1)
     return fine, {"skipped": state["skipped"] + ~fine, "in_a_row": in_a_row} | new
+
+
+def left_out(step, config: Guard):
+    """Whether update number `step`, from 0, is of a batch that guard.leave_out names, from 1 as metrics.jsonl does."""
+    return jnp.isin(step + 1, jnp.array(config.leave_out, jnp.int32))

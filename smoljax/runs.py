@@ -32,8 +32,15 @@ FREE = {
 }
 
 
-def open_run(folder: Path, config: Train) -> list[str]:
-    """A new folder becomes a run by its config.json; an old one must be the same run. Returns its changes."""
+def open_run(folder: Path, config: Train, allowed: tuple[str, ...] = ()) -> list[str]:
+    """A new folder becomes a run by its config.json; an old one must be the same run. Returns its changes.
+
+    allowed: keys that may change beside FREE; not model, data and spike_window, without which the weights, the place
+    in the data or the guard's memory would mean something else.
+    """
+    for key in allowed:
+        known = key in settings.flat(config) and not key.startswith(("model.", "data.", "guard.", "stages"))
+        require(known, f"--allow-change {key}: expected a setting such as optim.b2 or seed, none of model, data, guard")
     require(not folder.is_file(), f"run = {folder} is a file, expected a folder; name another with run=DIR")
     file = folder / "config.json"
     try:
@@ -51,9 +58,11 @@ def open_run(folder: Path, config: Train) -> list[str]:
         return []  # nothing was trained yet: there is nothing to contradict
     was, now = settings.flat(before), settings.flat(config)
     changed = [k for k in now if k not in ("data.sources", "stages") and was[k] != now[k]]
-    refused = [f"{k} = {now[k]} (the run has {was[k]})" for k in changed if k not in FREE]
+    refused = [f"{k} = {now[k]} (the run has {was[k]})" for k in changed if k not in FREE | set(allowed)]
     require(
-        not refused, f"{config.run} is a run of another config: {', '.join(refused)}; name a new folder with run=DIR"
+        not refused,
+        f"{config.run} is a run of another config: {', '.join(refused)}; name a new folder with run=DIR, or allow what "
+        "is neither model nor data by --allow-change KEY",
     )
     starts = sorted(
         {s.start for s in (*before.stages, *config.stages) if s not in before.stages or s not in config.stages}

@@ -122,7 +122,7 @@ def parse(text: str, kind, where: str):
         if kind is dict:  # {"shards/web": 0.7, "shards/code": 0.3}, or one folder
             return json.loads(text) if text.startswith("{") else {text: 1.0}
         if kind is tuple:  # [{"start": 1000, "seq_len": 8192}], or a,b
-            return tuple(json.loads(text)) if text.startswith("[") else tuple(text.split(","))
+            return tuple(json.loads(text)) if text.startswith("[") else tuple(map(number, text.split(",")))
         return kind(text)
     except (ValueError, KeyError):
         expected = {
@@ -133,6 +133,10 @@ def parse(text: str, kind, where: str):
             tuple: 'names like a,b, or JSON like [{"start": 1000, "seq_len": 8192}]',
         }
         raise UsageError(f"{where} is {kind.__name__}, got {text!r}; expected {expected[kind]}") from None
+
+
+def number(word: str) -> int | str:
+    return int(word) if word.isdecimal() else word
 
 
 def elsewhere(leaf: str) -> str:

@@ -57,15 +57,20 @@ def train_step(state: TrainState, batch: dict, config: Train) -> tuple[TrainStat
     value, grads, count = gradient(state.model, batch, config)
     norm = optax.tree.norm(grads)
     fine, guarded = guard.judge(state.guard, value, norm, config.guard)
+    applies, skipped = fine, ~fine
+    if config.guard.leave_out:  # such a batch is neither learned from nor judged
+        out = guard.left_out(state.step, config.guard)
+        applies, skipped = fine & ~out, ~fine & ~out
+        guarded = jax.tree.map(lambda new, old: jnp.where(out, old, new), guarded, state.guard)
     lr = wsd(config.optim, config.steps)(state.step)
     updates, opt_state = optimizer(config.optim).update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, jax.tree.map(lambda u: -lr * u, updates))
 
     def applied(new, old):
-        return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+        return jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)
 
     metrics = {"loss": value, "lr": lr, "grad_norm": norm, "labels": count}
-    metrics |= {"skipped": ~fine, "skipped_steps": guarded["skipped"], "in_a_row": guarded["in_a_row"]}
+    metrics |= {"skipped": skipped, "skipped_steps": guarded["skipped"], "in_a_row": guarded["in_a_row"]}
     new = TrainState(state.step + 1, applied(model, state.model), applied(opt_state, state.opt_state), guarded)
     return new, metrics
 

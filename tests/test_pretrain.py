@@ -250,6 +250,39 @@ def test_a_run_goes_on_only_as_itself(place, capsys):
     assert "is not empty and not a run" in capsys.readouterr().err
 
 
+def test_what_is_refused_may_be_allowed_by_name(place, capsys):
+    assert pretrain.main(words(place, "allowed")) == 0
+    other = words(place, "allowed", "steps=6", "optim.b2=0.99", "optim.weight_decay=0.1")
+    capsys.readouterr()
+    assert run(pretrain.main, [*other, "--allow-change", "optim.b2"]) == 2
+    err = capsys.readouterr().err
+    assert "another config: optim.weight_decay = 0.1 (the run has 0.01);" in err and "optim.b2" not in err
+    for key in ("model.hidden_size", "data.seed", "guard.spike_window", "optim.beta2"):
+        assert run(pretrain.main, [*other, "--allow-change", key]) == 2
+        assert f"--allow-change {key}: expected a setting such as optim.b2" in capsys.readouterr().err
+    assert pretrain.main([*other, "--allow-change", "optim.b2", "--allow-change", "optim.weight_decay"]) == 0
+    assert "resuming with optim.b2 = 0.99 (was 0.95)" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_left_out_is_read_and_not_learned_from(place):
+    argv = ("steps=5", "save_every=1", "keep=9", "optim.warmup_steps=0", "guard.leave_out=3,4", "guard.spike_window=2")
+    assert pretrain.main(words(place, "out", *argv)) == 0
+    two, three, four, five = (arrays(place / "out", n) for n in (2, 3, 4, 5))
+    for name in two:
+        np.testing.assert_array_equal(two[name], three[name], err_msg=name)
+        np.testing.assert_array_equal(two[name], four[name], err_msg=name)
+    assert (four["model.embed"] != five["model.embed"]).any() and five["guard.skipped"] == 0
+    assert five["opt.1.count"] == 3 and not (place / "out/dumps").exists()
+    assert [r["train/tokens"] for r in metrics.read(place / "out")] == [256 * n for n in range(1, 6)]
+    # Its loss is that of the weights before it, on its own rows.
+    model, _, _ = checkpoint.load_model(place / "out/checkpoints/2")
+    config = settings.load(str(place / "tiny.py"), words(place, "out", *argv)[1:])
+    batch = [Rows(config).row(3, i) for i in range(8)]
+    batch = {k: np.stack([row[k] for row in batch]) for k in batch[0]}
+    loss = np.asarray(step.losses(model, batch, config.compute)).sum() / (batch["labels"] != -1).sum()
+    assert abs(loss - metrics.read(place / "out")[3]["train/loss"]) < 2e-6
+
+
 def test_weights_of_another_tokenizer_are_refused(place, capsys, tmp_path):
     assert pretrain.main(words(place, "first")) == 0
     other = corpus.write(tmp_path / "other", corpus.documents(50, 60), 60)

@@ -35,6 +35,8 @@ def main(argv=None) -> int:
         "settings", nargs="*", metavar="a.b=c", help="settings that override the config's: optim.lr=1e-3"
     )
     parser.add_argument("--dry-run", action="store_true", help="compile and run one step on random tokens, no more")
+    more = "let this setting differ from the run's own, which is refused otherwise; may be repeated"
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help=more)
     processes.add_flags(parser)
     args = parser.parse_intermixed_args(argv)
     config = settings.load(args.config, args.settings)
@@ -64,7 +66,7 @@ def main(argv=None) -> int:
     folder = Path(config.run)
     with contextlib.ExitStack() as stack, processes.together(), runs.memory(config, mesh):
         stop = stack.enter_context(watch.Stop(config.guard.grace_s))
-        changes = processes.on_first(partial(claim, folder, config, stack))
+        changes = processes.on_first(partial(claim, folder, config, args.allow_change, stack))
         stack.enter_context(jax.set_mesh(mesh))
         begun = time.perf_counter()
 
@@ -199,11 +201,11 @@ def start_mesh(config: Train, args):
     return mesh
 
 
-def claim(folder: Path, config: Train, stack: contextlib.ExitStack) -> list[str]:
+def claim(folder: Path, config: Train, allowed: list[str], stack: contextlib.ExitStack) -> list[str]:
     """The run's folder for this run alone, until the stack is left. Returns what it changes in a run that goes on."""
     from smoljax import runs
 
-    changes = runs.open_run(folder, config)
+    changes = runs.open_run(folder, config, tuple(allowed))
     busy = f"another `smoljax pretrain` is at work in {folder}; wait for it to end, or name another folder with run=DIR"
     stack.enter_context(atomic.lock(folder / ".lock", busy))
     return changes
