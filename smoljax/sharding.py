@@ -76,7 +76,7 @@ def check_rows(run: config.Train, axes: dict[str, int]):
         require(
             micro % ways == 0,
             f"a micro-batch of {micro} rows (data.batch_size / accumulate) does not split over {ways} devices "
-            "(mesh.data x mesh.fsdp); change one of them",
+            "(mesh.data x mesh.fsdp); change one of them" + f", or batch_size of the stage at {start}" * bool(start),
         )
 
 
