@@ -192,12 +192,12 @@ def serve(name: str):
 
 
 def flat(record: dict) -> dict:
-    """{"data/epochs": {"web": 0.1}} -> {"data/epochs/web": 0.1}; `step` is left out."""
+    """{"data/epochs": {"web": 0.1}} -> {"data/epochs/web": 0.1}; `step` is left out, and None: no number, no point."""
     out = {}
     for key, value in record.items():
         if isinstance(value, dict):
             out |= {f"{key}/{inner}": v for inner, v in flat(value).items()}
-        elif key != "step":
+        elif key != "step" and value is not None:
             out[key] = value
     return out
 

@@ -309,3 +309,8 @@ def leveldb_log(data: bytes):
         if kind in (1, 4):  # full, last
             yield part
             part = b""
+
+
+def test_a_held_out_loss_that_is_no_number_is_no_point():
+    record = {"step": 3, "train/loss": 1.5, "eval/web/loss": None, "data/epochs": {"a": {"b": 0.5}}}
+    assert sinks.flat(record) == {"train/loss": 1.5, "data/epochs/a/b": 0.5}
