@@ -94,7 +94,7 @@ class Launcher:
         patience: seconds to wait for the others at the start.
         """
         process = Process(self.folder / f"p{len(self.started)}")
-        env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | dict(env)
+        env = fake_devices(devices) | dict(env)
         job = {"argv": list(argv), "at": str(process.at), "env": env, "hold": hold}
         job |= {"bad": list(bad), "patience": patience}
         print(json.dumps(job), file=self.zygote.stdin, flush=True)
@@ -136,6 +136,11 @@ def zygote():
         note(f"{job['at']}.pid", pid)
         note(f"{job['at']}.code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
+
+
+def fake_devices(count: int) -> dict[str, str]:
+    """What a process's environment gets for as many devices, beside what the suite itself was given."""
+    return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
 
 
 def note(file: str, value):

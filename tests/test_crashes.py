@@ -16,6 +16,7 @@ import threading
 import time
 
 import corpus
+import launch
 import numpy as np
 import pytest
 import test_faults as faults
@@ -152,7 +153,7 @@ def job(place, name, *settings, **more):
 
 def run_all(jobs):
     """[(exit code, seconds)] of each job, one after the other, on one device."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(whole.ROOT)}
+    env = os.environ | launch.fake_devices(1) | {"PYTHONPATH": str(whole.ROOT)}
     done = subprocess.run([sys.executable, __file__], input=json.dumps(jobs), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

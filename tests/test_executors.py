@@ -39,6 +39,12 @@ def jobs(name):
             yield job, [(task, (folder / f"task{task}").read_text()) for task in job["array"]]
 
 
+def put(path, text):  # at once: an empty state read half-way would be no state at all
+    part = path.with_name("of-" + path.name)
+    part.write_text(text)
+    part.replace(path)
+
+
 def sbatch(parser, argv):
     parser.add_argument("--export")
     parser.add_argument("--dependency", default="")
@@ -56,8 +62,8 @@ def sbatch(parser, argv):
     job |= {"after": args.dependency.rpartition(":")[2], "said": said, "at": time.strftime("%Y-%m-%dT%H:%M:%S")}
     job |= {"env": dict(pair.split("=") for pair in args.export.split(",")[1:])}
     for task in job["array"]:
-        (folder / f"task{task}").write_text("PENDING")
-    (folder / "job.json").write_text(json.dumps(job))
+        put(folder / f"task{task}", "PENDING")
+    put(folder / "job.json", json.dumps(job))
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.Popen([sys.executable, __file__, "slurmctld", folder.name], start_new_session=True, **quiet)
     print("Submitted batch job", folder.name)
@@ -78,7 +84,7 @@ def slurmctld(parser, argv):
             while (STATE / "hold").exists():
                 time.sleep(0.05)
             mark = folder / f"task{task}"
-            mark.write_text("RUNNING")
+            put(mark, "RUNNING")
             env = os.environ | job["env"] | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": folder.name}
             log = job["output"].replace("%A", folder.name).replace("%a", str(task))
             with open(log, "w") as out:
@@ -91,9 +97,9 @@ def slurmctld(parser, argv):
                     time.sleep(0.01)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                mark.write_text("OUT_OF_MEMORY")
+                put(mark, "OUT_OF_MEMORY")
             else:
-                mark.write_text("FAILED" if process.wait() else "COMPLETED")
+                put(mark, "FAILED" if process.wait() else "COMPLETED")
 
     threads = [threading.Thread(target=run, args=[task]) for task in job["array"]]
     [thread.start() for thread in threads]

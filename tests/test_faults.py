@@ -25,6 +25,7 @@ from types import MappingProxyType, SimpleNamespace
 
 import corpus
 import jax
+import launch
 import numpy as np
 import pytest
 import test_pretrain as whole
@@ -109,8 +110,7 @@ def stand_still(number):
 
 
 def child(faults, *argv, devices=8, **kw):
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    env |= {"PYTHONPATH": str(whole.ROOT)}
+    env = os.environ | launch.fake_devices(devices) | {"PYTHONPATH": str(whole.ROOT)}
     command = [sys.executable, __file__, json.dumps(faults), *argv]
     kw = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | kw
     return subprocess.run(command, env=env, cwd=whole.ROOT, text=True, **kw)

@@ -16,6 +16,7 @@ from pathlib import Path
 import corpus
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import pytest
 
@@ -225,7 +226,7 @@ def test_two_processes_measure_what_one_does_and_read_their_own_rows_alone(place
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     repo = Path(__file__).resolve().parents[1]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(repo)}
+    env = os.environ | launch.fake_devices(2) | {"PYTHONPATH": str(repo)}
     with contextlib.ExitStack() as stack:
         started = []
         for rank in range(2):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import corpus
 import jax
+import launch
 import numpy as np
 import pytest
 
 from infer import convert
-from smoljax import checkpoint, metrics, readings, runs, settings, sharding, step
+from smoljax import checkpoint, committed, metrics, readings, runs, settings, sharding, step
 from smoljax.data import Rows
 from smoljax.errors import run
 from smoljax.step import init_state
@@ -67,7 +68,7 @@ def arrays(folder, step):
 
 
 def process(*argv, devices=8, **kw):
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | launch.fake_devices(devices)
     return subprocess.Popen([sys.executable, "-m", "train.pretrain", *argv], env=env, cwd=ROOT, **kw)
 
 
@@ -82,7 +83,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     argv = ("steps=60", "save_every=5", "keep=3")
     assert pretrain.main(words(place, "whole", *argv)) == 0
     child = process(*words(place, "killed", *argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not any((place / "killed/checkpoints").glob("[0-9]*/commit_success.txt")):
+    while child.poll() is None and not committed.steps(place / "killed"):
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

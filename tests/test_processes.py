@@ -319,8 +319,7 @@ def test_a_process_that_hangs_is_taken_for_dead(place, launcher, two, stopped):
 def test_restart_sh_around_two_processes_of_which_one_is_killed(place, two):
     argv = words(place, "restarted", "steps=120", "save_every=20")
     where = f"127.0.0.1:{launch.free_port()}"
-    env = os.environ | {"PYTHONPATH": str(launch.ROOT), "PAUSE": "1"}
-    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = os.environ | launch.fake_devices(4) | {"PYTHONPATH": str(launch.ROOT), "PAUSE": "1"}
     script = ["bash", str(launch.ROOT / "configs/launch/restart.sh"), sys.executable, "-m", "train.pretrain"]
 
     def host(i):

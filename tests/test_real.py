@@ -106,6 +106,7 @@ def test_it_answers(path, capsys):
     assert capsys.readouterr().out == "The capital of France is Paris.\n"
 
 
+@pytest.mark.slow
 def test_through_every_format(path, real, tmp_path, capsys):
     """GGUF -> Hugging Face -> GGUF in f32 -> the same numbers, each proven, and the same answer."""
     hf, gguf = str(tmp_path / "hf"), str(tmp_path / "gguf")
