@@ -66,7 +66,7 @@ def test_the_table_is_arithmetic_on_the_records(tmp_path, capsys):
         assert row["run"] == name and row["steps"] == len(made) and row["tokens"] == 256 * len(made)
         # On paper: 64 x 48 embedding, two layers of q and o 48 x 48, k and v 48 x 24, 3 x 48 x 96, two norms; a norm.
         assert row["parameters"] == 64 * 48 + 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96 + 2 * 48) + 48
-        assert row["last_loss"] == pytest.approx(sum(r["train/loss"] for r in made[-20:]) / 20, rel=1e-12)
+        assert row["last_loss"] == pytest.approx(statistics.fmean(r["train/loss"] for r in made[-(len(made) // 10) :]))
         for held in ("web", "code"):
             measured = [(r[f"eval/{held}/loss"], r["step"]) for r in made if f"eval/{held}/loss" in r]
             assert len(measured) == len(made) // 10
@@ -122,6 +122,14 @@ def test_the_page_opens_offline_and_a_name_is_no_markup(tmp_path, capsys):
 
     assert report.main([*argv, "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/report.html").read_text() == page  # the same data, the same bytes
+
+
+@pytest.mark.parametrize("steps, last", [(12, 1), (60, 6), (300, 20)])
+def test_the_last_loss_is_of_the_end(tmp_path, steps, last):
+    made = write(tmp_path / "run", steps=steps, stages=())
+    assert report.row(*recorded.load([tmp_path / "run"]))["last_loss"] == pytest.approx(
+        sum(r["train/loss"] for r in made[-last:]) / last, rel=1e-12
+    )
 
 
 def test_the_picture_shows_the_runs_each_in_its_colour(tmp_path):

@@ -19,7 +19,8 @@ from smoljax import atomic, settings
 from smoljax.errors import UsageError, require, run
 from smoljax.metrics import human
 
-LAST = 20  # records: their mean is the last loss
+LAST = 20  # records at the most: one loss alone is noise, and a short run's last 20 are its whole fall
+NOTE = f"The last loss is the mean of the last tenth of a run's records, at most {LAST}."
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -46,8 +47,7 @@ img {{ width: 100% }}
 <div><table>
 {table}
 </table></div>
-<p>The last loss is the mean of the last {last} records; best held-out losses are those measured on the way; what a run
-did not record has a dash.</p>
+<p>{note} Best held-out losses are those measured on the way; what a run did not record has a dash.</p>
 <img alt="{alt}" src="data:image/png;base64,{picture}">
 </body>
 </html>
@@ -81,7 +81,7 @@ def main(argv=None) -> int:
         print(json.dumps({"runs": rows, "differ": differ}))
     else:
         print(table(rows, differ))
-        print(f"\n{args.output / 'report.html'}")
+        print(f"\n{NOTE}\n{args.output / 'report.html'}")
     return 0
 
 
@@ -98,7 +98,7 @@ def row(r) -> dict:
         "parameters": r.config.model.parameters,
         "steps": int(r.steps[-1]),
         "tokens": int(r.tokens[-1]),
-        "last_loss": statistics.fmean(loss[-LAST:]) if loss else None,
+        "last_loss": statistics.fmean(loss[-min(LAST, len(loss) // 10 or 1) :]) if loss else None,
         "heldout": {name: best(r, name) for name in r.heldout},
         "tokens_per_sec": statistics.median(speed) if speed else None,
         "mfu": statistics.median(mfu) if mfu else None,
@@ -175,7 +175,7 @@ def page(rows: list[dict], differ: dict, picture: bytes) -> str:
     return PAGE.format(
         title=said(", ".join(names)),
         table="\n".join([*lines, "</tbody>"]),
-        last=LAST,
+        note=NOTE,
         alt=said(f"curves of {', '.join(names)}"),
         picture=base64.b64encode(picture).decode(),
     )
