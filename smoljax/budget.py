@@ -170,8 +170,7 @@ def smaller(mesh: dict[str, int], limit: int) -> dict[str, int]:
 
 def stages(config: Train) -> list[tuple[int, int, Train]]:
     """(first update, the one after its last, the run as it is in between) of each stage."""
-    starts = [0, *(stage.start for stage in config.stages)]
-    return [(a, b, config.at(a)) for a, b in zip(starts, [*starts[1:], config.steps], strict=True)]
+    return [(a, b, config.at(a)) for a, b in zip(config.starts, [*config.starts[1:], config.steps], strict=True)]
 
 
 def largest(config: Train, mesh: dict[str, int]) -> tuple[int, Train]:
@@ -200,7 +199,10 @@ def checkpoint_bytes(model: Model) -> int:
 
 
 def disk_bytes(config: Train) -> int:
-    """The most that a run's folder holds: `keep` checkpoints, one being written, each keep_every-th; metrics.jsonl."""
+    """The most that a run's folder holds: `keep` checkpoints, one being written, each keep_every-th; metrics.jsonl.
+
+    Where something went wrong it holds more: checkpoints that were damaged, and up to three that dumps keep.
+    """
     saved = [*range(config.save_every, config.steps, config.save_every), config.steps]
     last, older = saved[-config.keep - 1 :], saved[: -config.keep - 1]
     forever = sum(n % config.keep_every == 0 for n in older) if config.keep_every else 0

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from smoljax import atomic, committed, companions, exchange, processes, settings, sums
 from smoljax.config import Model
-from smoljax.errors import CheckpointError
+from smoljax.errors import RESUMABLE, CheckpointError
 from smoljax.model import SmolLM, abstract
 from smoljax.sharding import is_variable
 from smoljax.step import TrainState
@@ -132,7 +132,7 @@ class Checkpoints:
         sentence = f"checkpoint {step} could not be written into {self.folder}: {root_cause(e)}; {stands}"
         if jax.process_count() > 1:  # the others may have saved, or wait for us: no collective can be in step again
             gone = any(word in sentence for word in processes.GONE)
-            processes.leave(sentence, processes.RESUMABLE if gone else CheckpointError.code)
+            processes.leave(sentence, RESUMABLE if gone else CheckpointError.code)
         with contextlib.suppress(Exception):
             self.orbax.wait()  # Orbax raises a failure once in each thread: here, and not from the next save
         self.failed, self.error = self.failed + 1, CheckpointError(sentence)

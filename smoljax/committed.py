@@ -25,6 +25,16 @@ def steps(run: Path) -> list[int]:
     return sorted(int(mark.parent.name) for mark in done if mark.parent.name.isdecimal())
 
 
+def written(run: Path) -> list[int]:
+    """Every checkpoint that was written in full once, sound or not: Orbax renames a folder to its number when it is."""
+    return sorted(int(p.name) for p in Path(run).glob("checkpoints/*") if p.name.isdecimal())
+
+
+def has_begun(run: Path) -> bool:
+    """Something was trained here, whatever is left of it."""
+    return bool(written(run)) or (Path(run) / "damaged").exists()
+
+
 def newest(run: Path, asked: int | None) -> int:
     """The newest complete checkpoint, or the one that was asked for."""
     found = steps(run)
@@ -42,10 +52,10 @@ def check_weights(run: Path, step: int):
 
 def newest_sound(run: Path) -> int | None:
     """The newest checkpoint whose files are as SHA256SUMS says; damaged ones are named and moved to RUN/damaged."""
-    found = steps(run)
-    for step in reversed(found):
+    complete = steps(run)
+    for step in reversed(written(run)):
         folder = run / "checkpoints" / str(step)
-        damaged = sums.damage(folder)
+        damaged = sums.damage(folder) or (None if step in complete else "it has no commit_success.txt")
         if damaged is None:
             if not (folder / sums.NAME).exists():  # killed between the commit and the hashes
                 print(f"smoljax: checkpoint {step} has no {sums.NAME}: it is read unverified", file=sys.stderr)

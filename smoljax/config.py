@@ -308,6 +308,8 @@ class Train:
             ramps <= self.steps,
             f"optim.warmup_steps + optim.decay_steps = {ramps} do not fit into steps = {self.steps}; set all three",
         )
+        beyond = [n for n in self.guard.leave_out if n > self.steps]
+        require(not beyond, f"guard.leave_out names {beyond}, beyond steps = {self.steps}")
         every, k = self.save_every, self.keep_every
         require(k is None or k % every == 0, f"keep_every is {k}, expected a multiple of save_every = {every}")
         unknown = [sink for sink in self.sinks if sink not in SINKS]
@@ -325,14 +327,14 @@ class Train:
         object.__setattr__(self, "stages", stages)
         wrong = [s for s in stages if not isinstance(s, Stage)]
         require(not wrong, f"stages holds {wrong[:1]}, expected Stage(start=..., ...)")
-        starts = [s.start for s in stages]
+        _, *starts = self.starts
         require(starts == sorted(set(starts)), f"stages start at {starts}, expected each after the one before")
         require(
             not starts or starts[-1] < self.steps,
             f"a stage starts at {starts[-1:]}, which steps = {self.steps} does not reach; leave it out, or stages=[]",
         )
         a = self.accumulate
-        for start in (0, *starts):
+        for start in self.starts:
             b, t = (data := self.at(start).data).batch_size, data.seq_len
             where = f" of the stage at {start}" if start else ""
             require(b % a == 0, f"data.batch_size{where} is {b}, which accumulate = {a} does not divide")
@@ -341,6 +343,11 @@ class Train:
                 f"data.seq_len{where} is {t}, which does not divide {self.chunk}, the pieces that sources are shuffled "
                 "in; they are of the run's longest seq_len unless data.chunk says another",
             )
+
+    @property
+    def starts(self) -> list[int]:
+        """The first update of each stage; the run begins with one that `data` and `model` say."""
+        return [0, *(stage.start for stage in self.stages)]
 
     @property
     def chunk(self) -> int:

@@ -13,6 +13,7 @@ A new stage goes on where the last one stopped in each source, rounded up to its
 import functools
 import itertools
 import logging
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -130,15 +131,17 @@ class Rows:
     """Row i of batch n of a run, for any n and i."""
 
     def __init__(self, config: Train):
-        starts = (0, *(stage.start for stage in config.stages))
-        datas = [config.at(start).data for start in starts]
+        datas = [config.at(start).data for start in config.starts]
         require(
             all(data.sources for data in datas),
             "data.sources is empty; name a folder made by `smoljax prepare`: data.sources=FOLDER",
         )
         self.names = list(dict.fromkeys(name for data in datas for name in data.sources))
+        folders = [Path(name).resolve() for name in self.names]
+        twice = [name for name, folder in zip(self.names, folders, strict=True) if folders.count(folder) > 1]
+        require(not twice, f"{' and '.join(twice)} are one folder; name it alike in all stages, or it is read anew")
         self.chunk, self.parts, opened = config.chunk, [], {}
-        for start, data in zip(starts, datas, strict=True):
+        for start, data in zip(config.starts, datas, strict=True):
             kind = (data.seq_len, data.mask_documents)
             for name in self.names:
                 if (name, *kind) not in opened:

@@ -16,7 +16,7 @@ def run(config: Train, mesh) -> int:
     """Compile every stage and run one step of it on random tokens; nothing is read or written."""
     config = dataclasses.replace(config, init_from=None)
     with jax.set_mesh(mesh), runs.memory(config, mesh):
-        for start in (0, *(stage.start for stage in config.stages)):
+        for start in config.starts:
             at = config.at(start)
             B, T = at.data.batch_size, at.data.seq_len
             ids = np.random.default_rng(0).integers(0, at.model.vocab_size, (B, T + 1), np.int32)

@@ -1,6 +1,7 @@
 """A user's mistake is one sentence and an exit code, never a traceback.
 
     1  the run itself failed      2  usage or config      3  bad data or weights      4  checkpoint trouble
+    75  stopped, saved: the same command goes on (EX_TEMPFAIL)      130  Ctrl-C      141  nobody reads the output
 
 A sentence names the thing, what was found, what was expected and what to do. Whatever is not an `Error`
 is our bug and keeps its traceback.
@@ -9,6 +10,9 @@ is our bug and keeps its traceback.
 import errno
 import os
 import sys
+
+RESUMABLE = 75
+INTERRUPTED = 130  # as a shell says it
 
 
 class Error(Exception):
@@ -50,7 +54,7 @@ def run(main, argv=None) -> int:
         return e.code
     except KeyboardInterrupt:
         print("smoljax: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone: quietly, but the work is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports SIGPIPE

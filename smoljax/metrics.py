@@ -102,7 +102,11 @@ def spent_before(run: Path, step: int) -> dict:
             kept = record
             break
     file = Path(run) / "goodput.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        before = {k: float(v) for k, v in json.loads(file.read_text()).items()} if file.exists() else {}
+    except (ValueError, TypeError, AttributeError):  # a power cut may leave it empty; it is no reason to stop
+        print(f"smoljax: {file} is damaged: seconds of attempts without a record are not counted", file=sys.stderr)
+        before = {}
     of_last = {k: (last or {}).get(f"goodput/{k}_s", 0.0) for k in SPENT}
     spent = {k: kept.get(f"goodput/{k}_s", 0.0) for k in SPENT}
     total = max(sum(of_last.values()), sum(before.values()))
@@ -122,11 +126,23 @@ def backwards(file: Path):
         while end >= 0:
             start = text.rfind(b"\n", 0, end)
             try:
-                yield end + 1, json.loads(text[start + 1 : end])
+                record = parse(text[start + 1 : end])
             except ValueError as e:
                 line = text[:end].count(b"\n") + 1
-                raise CheckpointError(f"{file}:{line} is not JSON ({e}); mend or delete that line") from None
+                raise CheckpointError(f"{file}:{line} {e}; mend or delete that line") from None
+            yield end + 1, record
             end = start
+
+
+def parse(line: str | bytes) -> dict:
+    """A line's record; a ValueError says what it is instead."""
+    try:
+        record = json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"is not JSON ({e})") from None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("is no record with a step")
+    return record
 
 
 def read(run: Path, most: int | None = None) -> list[dict]:
@@ -148,9 +164,9 @@ def read(run: Path, most: int | None = None) -> list[dict]:
             if not taken or not line.endswith("\n"):
                 continue
             try:
-                records.append(json.loads(line))
+                records.append(parse(line))
             except ValueError as e:
-                raise CheckpointError(f"{file}:{number} is not JSON ({e}); mend or delete that line") from None
+                raise CheckpointError(f"{file}:{number} {e}; mend or delete that line") from None
     return records
 
 

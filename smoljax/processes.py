@@ -18,11 +18,9 @@ from argparse import ArgumentParser, Namespace
 
 import numpy as np
 
-from smoljax.errors import Error, UsageError, require
+from smoljax.errors import INTERRUPTED, RESUMABLE, Error, UsageError, require
 
-RESUMABLE = 75  # EX_TEMPFAIL: the same command goes on from the last checkpoint
 GONE = ("Gloo", "NCCL", "onnection", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")  # in what a collective then says
-INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 PATIENCE = 300  # s to wait for the others at the start, as in JAX
 
 

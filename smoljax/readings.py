@@ -25,7 +25,7 @@ class Readings:
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
-        for part in (self.dog, *self.logs):
+        for part in (*self.logs, self.dog):  # a sink may take its time to close, which is no stand-still
             self.stack.enter_context(part)
         return self
 
@@ -76,10 +76,12 @@ class Readings:
         except OSError as e:  # a full disk is no reason to stop
             again = f"it could not be dumped: {e}"
         if values["in_a_row"] >= self.config.guard.max_skips:
-            raise Error(
+            e = Error(
                 f"{found}; {values['in_a_row']} updates in a row could not be applied (guard.max_skips), the run "
                 f"stops here. Its newest checkpoint is {self.checkpoints.latest or 'none'}; {again}; "
                 "try a lower optim.lr"
             )
+            e.agreed = True  # all processes read the same values: they end together, and a save in flight is waited for
+            raise e
         if processes.first():
             print(f"smoljax: {found}: the update was not applied; {again}", file=sys.stderr)

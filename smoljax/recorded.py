@@ -9,7 +9,7 @@ import numpy as np
 
 from smoljax import metrics, settings
 from smoljax.config import Train
-from smoljax.errors import CheckpointError, DataError, require
+from smoljax.errors import DataError, require
 
 GOODPUT = [f"goodput/{name}_s" for name in metrics.SPENT]
 
@@ -57,7 +57,10 @@ class Run:
 def load(folders) -> list[Run]:
     """Runs from their folders, with labels that differ. A UsageError for a folder that is no run."""
     folders = [Path(f) for f in folders]
-    return [Run(f, name, config_of(f), records_of(f)) for f, name in zip(folders, labels(folders), strict=True)]
+    return [
+        Run(f, name, config_of(f), metrics.read(f, most=100_000))
+        for f, name in zip(folders, labels(folders), strict=True)
+    ]
 
 
 def config_of(folder: Path) -> Train:
@@ -67,14 +70,6 @@ def config_of(folder: Path) -> Train:
     sentence = f"{folder} is not a run: its config.json is of something else, such as a Hugging Face folder"
     require(config is not None, sentence)
     return config
-
-
-def records_of(folder: Path) -> list[dict]:
-    records = metrics.read(folder, most=100_000)
-    for record in records:
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise CheckpointError(f"{folder}/metrics.jsonl: {record!r:.80} is no record with a step; delete that line")
-    return records
 
 
 def labels(folders: list[Path]) -> list[str]:
@@ -90,6 +85,6 @@ def labels(folders: list[Path]) -> list[str]:
 
 def tokens_at(config: Train, n: int) -> int:
     """Tokens that were seen before update n; each stage has its own rows."""
-    starts = [0, *(s.start for s in config.stages if s.start < n), n]
+    starts = [*(start for start in config.starts if start < n), n]
     rows = [config.at(start).data for start in starts[:-1]]
     return sum((b - a) * d.batch_size * d.seq_len for a, b, d in zip(starts, starts[1:], rows, strict=False))

@@ -54,7 +54,7 @@ def open_run(folder: Path, config: Train, allowed: tuple[str, ...] = ()) -> list
         raise UsageError(
             f"{folder} is not empty and not a run; name a new folder with run=DIR (weights alone go into init_from=)"
         )
-    if not committed.steps(folder):
+    if not committed.has_begun(folder):
         return []  # nothing was trained yet: there is nothing to contradict
     was, now = settings.flat(before), settings.flat(config)
     changed = [k for k in now if k not in ("data.sources", "stages") and was[k] != now[k]]
@@ -160,6 +160,16 @@ def room(folder: Path, config: Train) -> tuple[int, int, Path]:
                 there += os.stat(os.path.join(at, name)).st_size
     place = next(p for p in (folder, *folder.parents) if p.exists())
     return budget.disk_bytes(config) - there, shutil.disk_usage(place).free, place
+
+
+def check_left_out(config: Train, start: int, saved: dict):
+    """saved: the config of checkpoint `start`. What its weights have learned cannot be left out any more."""
+    late = sorted({n for n in config.guard.leave_out if n <= start} - set(saved["guard"]["leave_out"]))
+    require(
+        not late,
+        f"guard.leave_out names {late}, but the run has learned from them: it goes on from step {start}; take them off "
+        "the list, or move the checkpoints since out of its folder",
+    )
 
 
 def check_disk(folder: Path, config: Train):

@@ -153,6 +153,7 @@ def meant(word: str, words) -> str:
 
 def from_dict(kind, values: dict):
     """A dataclass from the JSON of an earlier run's config; unknown and missing keys are errors."""
+    require(isinstance(values, dict), f"a saved {kind.__name__} is {values!r:.80}, expected its keys and values")
     types_of = {f.name: f.type for f in dataclasses.fields(kind)}
     for key in values:
         require(key in types_of, f"unknown key {key!r} in a saved {kind.__name__}{meant(key, types_of)}")

@@ -71,7 +71,7 @@ def is_variable(leaf) -> bool:
 def check_rows(run: config.Train, axes: dict[str, int]):
     """The rows of every stage's micro-batch split over the axes of B; a UsageError where they do not."""
     ways = axes["data"] * axes["fsdp"]
-    for start in (0, *(stage.start for stage in run.stages)):
+    for start in run.starts:
         micro = run.at(start).data.batch_size // run.accumulate
         require(
             micro % ways == 0,

@@ -175,6 +175,9 @@ def serve(name: str):
     try:
         begin = json.loads(questions.readline())
         sink = KINDS[name](Path(begin["folder"]), begin["config"], begin["start"], begin["id"])
+        again, kept = begin["start"] + 1, getattr(sink, "first", 0)
+        if kept > again:  # the same numbers, unless settings have changed since
+            print(f"smoljax: {name} keeps steps {again} to {kept - 1} as an attempt before sent them", file=sys.stderr)
         answer()
         for line in questions:
             record = json.loads(line)
@@ -248,8 +251,7 @@ class Wandb:
             allow_val_change=True,  # a resumed run may have more steps
             settings=wandb.Settings(console="off", quiet=True, finish_timeout=CLOSE_S - 2),
         )
-        # It refuses steps that it has, with a warning each; what is computed anew after a kill is the same.
-        self.first = self.run.starting_step
+        self.first = self.run.starting_step  # it refuses steps that it has, with a warning each
 
     def write(self, step: int, values: dict):
         if step >= self.first:

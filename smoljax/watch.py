@@ -11,8 +11,8 @@ import time
 from collections import deque
 from pathlib import Path
 
-from smoljax.errors import Error
-from smoljax.processes import INTERRUPTED, RESUMABLE, leave
+from smoljax.errors import INTERRUPTED, RESUMABLE, Error
+from smoljax.processes import leave
 
 FULL = 1  # why to stop, beside the signals' numbers: host memory is beyond guard.max_rss_gb
 
@@ -131,8 +131,8 @@ class Watchdog:
 
     def watch(self):
         while not self.closed.wait(min(1.0, self.least / 10)):
-            last = self.last
-            if last is not None and not self.paused and time.monotonic() - last > self.limit():
+            paused, limit, last = self.paused, self.limit(), self.last  # `last` last, for a pause's end sets it first
+            if last is not None and not paused and time.monotonic() - last > limit:
                 self.bite(time.monotonic() - last)
 
     def bite(self, seconds: float):

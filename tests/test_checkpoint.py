@@ -126,6 +126,22 @@ def test_damage_that_is_no_flipped_byte(run):
     assert "SHA256SUMS is damaged itself" in sums.damage(folder)
 
 
+@pytest.mark.parametrize("sums_too", [False, True])
+def test_a_checkpoint_that_lost_its_mark_is_damaged_too(run, capsys, sums_too):
+    """Orbax writes the mark before it renames: a folder with a number and without it was sound once."""
+    for step in (8, 7, 6, 3):
+        (run / f"checkpoints/{step}/commit_success.txt").unlink()
+        if sums_too:
+            (run / f"checkpoints/{step}/SHA256SUMS").unlink()
+        if step == 8:
+            assert committed.newest_sound(run) == 7
+            assert "checkpoint 8 is damaged" in (err := capsys.readouterr().err) and "commit_success.txt" in err
+            assert committed.written(run) == [3, 6, 7] and files_of(run / "damaged/8")
+    with pytest.raises(CheckpointError, match="all checkpoints of .* are damaged"):
+        committed.newest_sound(run)
+    assert committed.has_begun(run) and not committed.written(run)
+
+
 def test_when_all_are_damaged_nothing_starts_afresh(run):
     for step in committed.steps(run):
         files_of(run / "checkpoints" / str(step))[0].write_bytes(b"")

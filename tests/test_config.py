@@ -288,6 +288,7 @@ def test_two_settings_may_depend_on_each_other():
         ("guard.spike_window=1", "guard.spike_window is 1, expected 0 or at least 2"),
         ("guard.leave_out=3,x", "guard.leave_out is (3, 'x'), expected steps as in metrics.jsonl"),
         ("guard.leave_out=3,4", None),
+        ("guard.leave_out=3,99999999999", "guard.leave_out names [99999999999], beyond steps = 10"),
         ("guard.watchdog=0", "guard.watchdog is 0.0, expected more than 0"),
         ("heldout.every=0", "heldout.every is 0, expected at least 1"),
         ("heldout.sets=held", "heldout.sets has 'held': 1.0, expected names and folders"),

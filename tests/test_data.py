@@ -217,6 +217,13 @@ def test_a_source_goes_on_where_the_last_stage_stopped(tmp_path):
     assert rows.parts[1].read(10)[a] == 32 + 11 + 12  # an epoch of 32, 21 windows of 16 rounded up to 11 of 32, 12 read
 
 
+def test_one_folder_has_one_name(tmp_path, docs):
+    """By another it would be another source, read from its beginning."""
+    folder = corpus.write(tmp_path / "web", docs, V)
+    with pytest.raises(UsageError, match="web and .*web/ are one folder; name it alike in all stages"):
+        Rows(run_of({folder: 1.0}, stages=[Stage(3, sources={f"{folder}/": 1.0})]))
+
+
 def test_a_stage_has_its_own_mixture_exactly(tmp_path):
     a, b, c = (str(corpus.write(tmp_path / n, corpus.documents(40, V, seed=i), V)) for i, n in enumerate("abc"))
     rows = Rows(run_of({a: 0.9, b: 0.1}, [Stage(start=1_003, sources={a: 0.745, b: 0.2, c: 0.055})], batch_size=10))

@@ -10,6 +10,7 @@ import pytest
 
 from smoljax import metrics
 from smoljax.config import SIZES, Data, Optim, Train
+from smoljax.errors import CheckpointError
 
 RECORD = {"train/loss": 3.41234, "train/lr": 2.9e-3, "train/grad_norm": 0.81, "train/tokens_per_sec": 412_345.0}
 RECORD |= {"train/step_time_s": 0.5, "train/data_wait_s": 0.01}
@@ -104,6 +105,20 @@ def test_what_a_kill_took_is_lost(tmp_path):
     assert metrics.spent_before(tmp_path, 2) == zeros | {"productive": 4.0, "compile": 5.0, "lost": 10.0}
     assert metrics.spent_before(tmp_path, 0) == zeros | {"lost": 19.0}
     assert metrics.spent_before(tmp_path / "new", 0) == zeros
+
+
+def test_seconds_that_a_power_cut_took_are_no_reason_to_stop(tmp_path, capsys):
+    for text in ("", "[]", '{"lost": "much"}'):
+        (tmp_path / "goodput.json").write_text(text)
+        assert metrics.spent_before(tmp_path, 0) == dict.fromkeys(metrics.SPENT, 0.0)
+        assert "goodput.json is damaged" in capsys.readouterr().err
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"note": 1}\n')
+    for read in (lambda: metrics.spent_before(tmp_path, 1), lambda: metrics.read(tmp_path)):
+        with pytest.raises(CheckpointError, match="metrics.jsonl:2 is no record with a step; mend or delete that line"):
+            read()
 
 
 def test_of_a_long_run_a_part_is_read(tmp_path):

@@ -272,6 +272,13 @@ def test_a_plan_of_data_that_are_there(place, capsys):
     assert not (place / "run").exists()
 
 
+def test_a_mixture_that_cannot_be_is_said_below_the_page(place, capsys):
+    argv = f'data.sources={{"{place / "web"}": 1, "{place / "code"}": 0.00001}}'
+    code, found, err = call(capsys, place, argv, "--no-compile")
+    assert code == 2 and "leave the source out" in err and found["parameters"] > 0
+    assert outcome(found)["mixture"] is False and found["sources"] == {}
+
+
 MODEL = Model(48, 96, 2, 4, 2, head_dim=12, vocab_size=64, max_position_embeddings=64)
 
 

@@ -265,7 +265,7 @@ def test_what_is_refused_may_be_allowed_by_name(place, capsys):
     assert "resuming with optim.b2 = 0.99 (was 0.95)" in capsys.readouterr().err
 
 
-def test_a_batch_that_is_left_out_is_read_and_not_learned_from(place):
+def test_a_batch_that_is_left_out_is_read_and_not_learned_from(place, capsys):
     argv = ("steps=5", "save_every=1", "keep=9", "optim.warmup_steps=0", "guard.leave_out=3,4", "guard.spike_window=2")
     assert pretrain.main(words(place, "out", *argv)) == 0
     two, three, four, five = (arrays(place / "out", n) for n in (2, 3, 4, 5))
@@ -275,6 +275,13 @@ def test_a_batch_that_is_left_out_is_read_and_not_learned_from(place):
     assert (four["model.embed"] != five["model.embed"]).any() and five["guard.skipped"] == 0
     assert five["opt.1.count"] == 3 and not (place / "out/dumps").exists()
     assert [r["train/tokens"] for r in metrics.read(place / "out")] == [256 * n for n in range(1, 6)]
+    again = [*words(place, "out", *argv[1:]), "steps=6"]  # what was left out may stay on the list, no more
+    again[again.index("guard.leave_out=3,4")] = "guard.leave_out=2,3,4,6"
+    assert run(pretrain.main, again) == 2
+    assert (
+        "guard.leave_out names [2], but the run has learned from them: it goes on from step 5"
+        in capsys.readouterr().err
+    )
     # Its loss is that of the weights before it, on its own rows.
     model, _, _ = checkpoint.load_model(place / "out/checkpoints/2")
     config = settings.load(str(place / "tiny.py"), words(place, "out", *argv)[1:])

@@ -214,13 +214,16 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "new/metrics.jsonl").unlink()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text('{"hidden_size": 576}')
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/config.json").write_text('{"model": [1], "steps": 5}')
     cases = {
         ("missing",): (2, "missing is not a run: it has no config.json"),
         ("hf",): (2, "hf is not a run: its config.json is of something else"),
+        ("list",): (2, "a saved Model is [1], expected its keys and values"),
         ("new",): (2, "new has no records in metrics.jsonl"),
         ("torn",): (4, "torn/metrics.jsonl:2 is not JSON"),
         ("odd",): (3, "odd/metrics.jsonl has a train/loss that is not a number"),
-        ("three",): (4, "three/metrics.jsonl: 3 is no record with a step"),
+        ("three",): (4, "three/metrics.jsonl:1 is no record with a step"),
         ("fine", "fine"): (2, "fine and fine are the same run"),
         ("fine", "--output", "fine/config.json"): (2, "--output fine/config.json cannot be written"),
     }

@@ -260,6 +260,15 @@ def test_no_sinks_leave_nothing_and_a_damaged_id_is_said(tmp_path):
         sinks.Sinks(("wandb",), tmp_path, {}, 0)
 
 
+def test_what_a_sink_keeps_of_an_attempt_before_is_said(tmp_path, fake, warned, capfd):
+    package = fake(init="Run.starting_step = 7")
+    with sinks.Sinks(("wandb",), tmp_path, {}, 4) as out:
+        for n in range(5, 9):
+            out.write(record(n))
+    assert [step for step, _ in logged(package)] == [7, 8] and not warned()
+    assert "wandb keeps steps 5 to 6 as an attempt before sent them" in capfd.readouterr().err
+
+
 def resumed(name, folder):
     for start, stop in ((0, 6), (4, 8)):
         with sinks.Sinks((name,), folder, {"optim": {"lr": 1e-3}, "steps": stop}, start) as out:

@@ -172,7 +172,9 @@ def room(plan: dict, accelerator: str, remat: bool):
 
 def text(config: Train, checks: Checks) -> dict:
     """{source: {tokens, epochs}}; epochs is None for a source that is not there yet, or is damaged."""
-    needed = tokens(config)
+    needed = checks.add("mixture", partial(mixture, config))
+    if needed is None:
+        return {}
     found = checks.add("data", partial(shards, config, list(needed)))
     if found:
         checks.add("tokenizer_and_epochs", partial(belongs, config, found))
@@ -180,6 +182,11 @@ def text(config: Train, checks: Checks) -> dict:
     if config.heldout.sets:
         checks.add("heldout", partial(measured, config, found))
     return {name: {"tokens": n, "epochs": epochs.get(name)} for name, n in needed.items()}
+
+
+def mixture(config: Train):
+    needed = tokens(config)
+    return True, f"{len(needed)} source{'s' * (len(needed) != 1)}", needed
 
 
 def tokens(config: Train) -> dict[str, int]:

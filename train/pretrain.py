@@ -43,7 +43,9 @@ def main(argv=None) -> int:
     if args.dry_run:
         from smoljax import dryrun
 
-        return dryrun.run(config, start_mesh(config, args))
+        mesh = start_mesh(config, args)
+        with processes.together():
+            return dryrun.run(config, mesh)
 
     # ---- what can be known before JAX starts: the data, the weights to start from
     from smoljax import checkpoint, committed, heldout, runs, sinks, weights
@@ -54,7 +56,7 @@ def main(argv=None) -> int:
     runs.check_data(config, rows)
     sources = list(rows.sources.values())
     held = {part.start: heldout.open_sets(config.at(part.start), sources) for part in rows.parts}
-    if config.init_from and not committed.steps(Path(config.run)):  # a run that goes on has its own weights
+    if config.init_from and not committed.has_begun(Path(config.run)):  # a run that goes on has its own weights
         weights.find(config.init_from)
 
     # ---- mesh
@@ -77,7 +79,9 @@ def main(argv=None) -> int:
         checkpoints = stack.enter_context(kept)
         rows.samples = processes.on_first(lambda: rows.samples)
         if start:
-            runs.check_same_data(config, rows, start, checkpoints.metadata(start)["data"])
+            saved = checkpoints.metadata(start)
+            runs.check_same_data(config, rows, start, saved["data"])
+            runs.check_left_out(config, start, saved["config"])
             if start >= config.steps:
                 processes.on_first(partial(draw_curves, folder))
                 if processes.first():
