@@ -19,7 +19,7 @@ import pytest
 from infer import convert
 from smoljax import checkpoint, committed, metrics, readings, runs, settings, sharding, step
 from smoljax.data import Rows
-from smoljax.errors import run
+from smoljax.errors import Error, run
 from smoljax.step import init_state
 from train import pretrain
 
@@ -364,6 +364,9 @@ def test_a_loss_that_is_never_finite_stops_the_run_and_changes_nothing(place, ca
     for name, array in fresh.items():
         np.testing.assert_array_equal(saved[f"model.{name}"], array)
     assert saved["opt.1.count"] == 0 and saved["guard.skipped"] == saved["guard.in_a_row"] == 2
+    with pytest.raises(Error) as told:
+        pretrain.main(argv)
+    assert told.value.agreed  # several processes end as one does: a save in flight is waited for
 
 
 def test_a_truncated_shard_is_named_before_a_step(place, capsys, tmp_path):
