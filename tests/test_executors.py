@@ -33,8 +33,8 @@ STATE = pathlib.Path(os.environ["FAKE_SLURM"])
 
 
 def jobs(name):
-    for folder in sorted(STATE.glob("[0-9]*"), key=lambda f: int(f.name)):
-        job = json.loads((folder / "job.json").read_text())
+    for file in sorted(STATE.glob("[0-9]*/job.json"), key=lambda f: int(f.parent.name)):
+        folder, job = file.parent, json.loads(file.read_text())
         if job["name"] == name:
             yield job, [(task, (folder / f"task{task}").read_text()) for task in job["array"]]
 
@@ -218,7 +218,7 @@ def until(true):
 
 
 def submitted(state):
-    return [json.loads((folder / "job.json").read_text()) for folder in sorted(state.glob("[0-9]*"))]
+    return [json.loads(file.read_text()) for file in sorted(state.glob("[0-9]*/job.json"))]
 
 
 CLUSTER = ["--executor", "slurm", "--cluster", "partition=cpu,time=1:00:00,account=lab,mem_per_cpu_gb=3"]
