@@ -43,8 +43,7 @@ config = Train(
     save_every=2000,
     keep_every=80_000,  # ours; every third is a step that was released (240,000), and the decay's start is one
     # Ours: memory, not mathematics. 8 micro-batches are 64 rows each, the published 8 rows on each GPU of one 8-GPU
-    # node; N devices of that size want accumulate = 64 / N. Attention keeps scores of 8 rows x 9 heads x 2048^2 x 4 B
-    # = 1.2 GB a layer, times 30 layers: remat keeps one layer's at a time.
+    # node; N devices of that size want accumulate = 64 / N.
     accumulate=8,
-    compute=Compute(dtype="bfloat16", remat=True),
+    compute=Compute(dtype="bfloat16"),
 )

@@ -33,8 +33,7 @@ config = Train(
         decay="linear",
     ),
     save_every=2000,
-    # 8 micro-batches are 16 rows each, 2 a GPU on one 8-GPU node. Attention's scores are 2 rows x 9 heads x 8192^2
-    # x 4 B = 4.8 GB; remat keeps one layer's at a time.
+    # 8 micro-batches are 16 rows each, 2 a GPU on one 8-GPU node.
     accumulate=8,
-    compute=Compute(dtype="bfloat16", remat=True),
+    compute=Compute(dtype="bfloat16"),
 )

@@ -98,8 +98,7 @@ config = Train(
     keep=20,  # ours: so that step 5,204,000, where the 8k stage begins, is still there at the end; 20.5 GB each
     # Ours: memory, not mathematics. 32 micro-batches are 32 rows each, the published 4 rows on each GPU of one 8-GPU
     # node; N devices of that size want accumulate = 256 / N. Weights, two moments and gradients are 16 B a parameter,
-    # 27 GB: the default mesh splits them over all devices. Attention keeps scores of 4 rows x 32 heads x 2048^2 x 4 B
-    # = 2.1 GB a layer, times 24 layers, and 8.6 GB for one row of 8,192: remat keeps one layer's at a time.
+    # 27 GB: the default mesh splits them over all devices.
     accumulate=32,
-    compute=Compute(dtype="bfloat16", remat=True),
+    compute=Compute(dtype="bfloat16"),
 )

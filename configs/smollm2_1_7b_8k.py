@@ -42,8 +42,7 @@ config = Train(
         decay="linear",
     ),
     save_every=2000,
-    # 32 micro-batches are 8 rows each, one a GPU on one 8-GPU node. Attention's scores are 32 heads x 8192^2 x 4 B
-    # = 8.6 GB; remat keeps one layer's at a time.
+    # 32 micro-batches are 8 rows each, one a GPU on one 8-GPU node.
     accumulate=32,
-    compute=Compute(dtype="bfloat16", remat=True),
+    compute=Compute(dtype="bfloat16"),
 )

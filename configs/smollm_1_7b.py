@@ -60,8 +60,7 @@ config = Train(
     keep_every=100_000,  # ours; the start of the decay, and one update after the change of mixture
     # Ours: memory, not mathematics. 32 micro-batches are 32 rows each, the published 4 rows on each GPU of one 8-GPU
     # node; N devices of that size want accumulate = 256 / N. Weights, two moments and gradients are 16 B a parameter,
-    # 27 GB: the default mesh splits them over all devices. Attention keeps scores of 4 rows x 32 heads x 2048^2 x 4 B
-    # = 2.1 GB a layer, times 24 layers: remat keeps one layer's at a time.
+    # 27 GB: the default mesh splits them over all devices.
     accumulate=32,
-    compute=Compute(dtype="bfloat16", remat=True),
+    compute=Compute(dtype="bfloat16"),
 )

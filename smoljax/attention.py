@@ -1,27 +1,96 @@
-"""Causal attention with grouped queries, documents kept apart. The alphabet is at the top of model.py."""
+"""attend(): causal attention with grouped queries, documents kept apart, by the backend that the platform has.
+
+    blocked   plain JAX, any platform and dtype: blocked_attention.py, which the others are compared with
+    cudnn     NVIDIA, bfloat16: cuDNN's flash attention, documents by sequence offsets: cudnn_attention.py
+    splash    TPU: Pallas's splash attention with segment ids: splash_attention.py
+
+Memory is linear in T in each of them. `choose` says which one a run takes, and why; nothing falls back in silence.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from smoljax import sharding
+from smoljax.blocked_attention import blocked
+from smoljax.config import Compute
+from smoljax.errors import UsageError
 
-def attend(q, k, v, segments=None, positions=None):  # BTNH BSKH BSKH -> BTNH
+
+def attend(q, k, v, starts=None, backend: str = "blocked"):  # BTNH BTKH BTKH BT -> BTNH
     """Each query sees the keys at or before its own place, in its own document.
 
     Args:
-      segments: BT document numbers within a row; None where a row is one document. Needs S = T.
-      positions: BT place of each query among the S keys, for decoding with a cache; None means place = T axis.
+      starts: BT, where in its row each query's document begins (model.document_starts); None where a row is one.
 
-    Scores and softmax are f32 whatever the inputs are. A query always sees itself, so no row is fully masked.
+    Scores and softmax are f32 whatever the inputs are. On a mesh each device attends for its own rows and heads:
+    query heads are split where the key/value heads divide.
     """
+    if backend == "blocked":
+        local = blocked
+    elif backend == "cudnn":
+        from smoljax.cudnn_attention import cudnn as local
+    else:
+        from smoljax.splash_attention import splash as local
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    rest, dims = ((), ()) if starts is None else ((starts,), ("BT",))
+    out = sharding.on_each_device(local, "BTKGH", "BTKH", "BTKH", *dims)(q, k, v, *rest)
+    return out.reshape(B, T, N, H)
+
+
+def attend_cached(q, k, v, positions):  # BTNH BSKH BSKH BT -> BTNH
+    """Queries at their places among the S keys of a cache, for decoding: all scores at once, for T is small."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    places = jnp.arange(T)[None] if positions is None else positions
-    visible = jnp.arange(S) <= places[:, :, None]  # BTS
-    if segments is not None:
-        visible &= segments[:, :, None] == segments[:, None, :]
-
+    visible = jnp.arange(S) <= positions[:, :, None]  # BTS
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def choose(compute: Compute, T: int, documents: bool) -> tuple[str, str]:
+    """(the backend for rows of T tokens, why): compute.attention where it is not "auto", checked against what is here.
+
+    A backend that was asked for and cannot be is a UsageError; "auto" takes the platform's own where that can be, and
+    the reason says what stood in its way.
+    """
+    platform, asked = jax.default_backend(), compute.attention
+    native = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "blocked")
+    wanted = native if asked == "auto" else asked
+    obstacle = {"blocked": lambda *_: None, "cudnn": no_cudnn, "splash": no_splash}[wanted](compute.dtype, T, documents)
+    if asked == "auto":
+        return ("blocked", f"{wanted} {obstacle}") if obstacle else (wanted, f"on {platform}")
+    if obstacle:
+        raise UsageError(f"compute.attention={asked} {obstacle}; set compute.attention=auto or blocked")
+    return wanted, "as asked for"
+
+
+def no_cudnn(dtype: str, T: int, documents: bool) -> str | None:
+    """Why cuDNN's attention cannot be taken here; None where it can. Limits as in jax's fused_attention_stablehlo."""
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, JAX runs on {jax.default_backend()}"
+    device = jax.devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return f"needs an NVIDIA GPU, found {device.device_kind}"
+    if dtype != "bfloat16":
+        return f"needs compute.dtype=bfloat16, found {dtype}"
+    major = float(device.compute_capability)
+    if major < (9.0 if documents else 8.0):
+        return f"needs compute capability {'9.0 for masked documents' if documents else '8.0'}, found {major:g}"
+    from smoljax.cudnn_attention import missing
+
+    return missing(documents)
+
+
+def no_splash(dtype: str, T: int, documents: bool) -> str | None:
+    if jax.default_backend() != "tpu":
+        return f"needs a TPU, JAX runs on {jax.default_backend()}"
+    return f"needs rows of a multiple of 128 tokens, found {T}" if T % 128 else None
+
+
+chosen = functools.cache(choose)

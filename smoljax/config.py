@@ -88,6 +88,17 @@ SIZES = {
 }
 
 
+# What the backward pass finds kept of a layer's forward pass, by the names that model.py and the attention backends give
+# it; all else is computed again. From the fastest, which needs most memory, to the smallest. MaxText's names where it
+# has the same.
+REMAT = {
+    "minimal_with_context": ("qkv", "context", "attn_out", "gate_up"),  # no matrix product is computed again
+    "save_dot_with_context_except_mlp": ("qkv", "context", "attn_out"),  # gate and up are
+    "save_context": ("context",),  # all products, not attention
+    "full": (),
+}
+
+
 @dataclass(frozen=True)
 class Compute:
     """How to run the same mathematics: passed at call, never exported."""
@@ -95,13 +106,20 @@ class Compute:
     dtype: str = (
         "float32"  # of activations and matrix products; norms, softmax, logits and the loss are f32 in any case
     )
-    remat: bool = False  # recompute each layer in the backward pass: memory for 1/3 more time
+    remat: str = "auto"  # one of REMAT; "none": what autodiff keeps; "auto": the first that fits into memory
     unroll: int = 1  # layers per iteration of the scan; num_hidden_layers unrolls it whole
+    attention: str = "auto"  # the platform's own, or blocked, cudnn, splash: attention.py
+    loss_chunk: int = 4096  # tokens on a device whose logits exist at a time
 
     def __post_init__(self):
         check(self)
         require(self.dtype in ("float32", "bfloat16"), f"compute.dtype is {self.dtype!r}, expected float32 or bfloat16")
-        require(self.unroll >= 1, f"compute.unroll is {self.unroll}, expected at least 1")
+        names = ("auto", "none", *REMAT)
+        require(self.remat in names, f"compute.remat is {self.remat!r}, expected one of {', '.join(names)}")
+        names = ("auto", "blocked", "cudnn", "splash")
+        require(self.attention in names, f"compute.attention is {self.attention!r}, expected one of {', '.join(names)}")
+        for name in ("unroll", "loss_chunk"):
+            require(getattr(self, name) >= 1, f"compute.{name} is {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -284,6 +302,9 @@ class Train:
     heldout: Heldout = Heldout()
     guard: Guard = Guard()
     sinks: tuple = ()  # where metrics go beside metrics.jsonl: tensorboard, wandb, trackio
+    z_loss: float = (
+        0.0  # this times the squared log of the softmax's denominator is minimised too; `train/loss` is without
+    )
     accumulate: int = 1  # micro-batches a step; their gradients are summed in f32
     init_std: float = 0.02  # of a fresh model's weights; o and down get init_std / sqrt(2 * layers)
     seed: int = 0  # of the fresh weights
@@ -302,6 +323,7 @@ class Train:
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), f"{name} is {value}, expected more than 0")
         require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 or more, below 2**32")
+        require(0 <= self.z_loss < math.inf, f"z_loss is {self.z_loss}, expected 0 or more")
         require(self.run != "", "run is empty, expected a folder")
         ramps = self.optim.warmup_steps + self.optim.decay_steps
         require(

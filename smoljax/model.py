@@ -12,10 +12,12 @@ depth. Modules are plain pytrees: jax.jit, jax.grad, optax and Orbax take them a
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from smoljax import rope
-from smoljax.attention import attend
-from smoljax.config import Compute, Model
+from smoljax.attention import attend, attend_cached, chosen
+from smoljax.config import REMAT, Compute, Model
+from smoljax.product import product
 from smoljax.sharding import constrain, is_variable
 
 
@@ -35,6 +37,11 @@ def rms_norm(x, scale, eps: float):  # BTD D -> BTD
     return (y * scale).astype(x.dtype)
 
 
+def silu(x):  # BTF -> BTF, f32 inside
+    y = x.astype(jnp.float32)
+    return (y * jax.nn.sigmoid(y)).astype(x.dtype)
+
+
 class Block(nnx.Module):
     def __init__(self, config: Model, std: float, rngs: nnx.Rngs):
         c = config
@@ -52,20 +59,22 @@ class Block(nnx.Module):
         self.up = weight("DF", sizes, rngs, std)
         self.down = weight("FD", sizes, rngs, out)
 
-    def __call__(self, x, angles, segments, positions, cache):  # BTD -> BTD
+    def __call__(self, x, angles, starts, positions, cache, backend):  # BTD -> BTD
         y = rms_norm(x, self.attn_norm, self.eps)
-        q = rope.rotate(jnp.einsum("BTD,DNH->BTNH", y, self.q), angles)
-        k = rope.rotate(jnp.einsum("BTD,DKH->BTKH", y, self.k), angles)
-        v = jnp.einsum("BTD,DKH->BTKH", y, self.v)
+        q = rope.rotate(product("BTD,DNH->BTNH", y, self.q), angles)
+        k = rope.rotate(product("BTD,DKH->BTKH", y, self.k), angles)
+        v = product("BTD,DKH->BTKH", y, self.v)
         if cache is not None:
             cache = cache.write(k, v, positions)
-            k, v = cache.k, cache.v
-        y = attend(q, k, v, segments, positions if cache is not None else None)
-        x = constrain(x + jnp.einsum("BTNH,NHD->BTD", y, self.o), "BTD")
+            y = attend_cached(q, cache.k, cache.v, positions)
+        else:
+            y = attend(*(checkpoint_name(a, "qkv") for a in (q, k, v)), starts, backend)
+        x = constrain(x + checkpoint_name(product("BTNH,NHD->BTD", y, self.o), "attn_out"), "BTD")
 
         y = rms_norm(x, self.mlp_norm, self.eps)
-        y = jax.nn.silu(jnp.einsum("BTD,DF->BTF", y, self.gate)) * jnp.einsum("BTD,DF->BTF", y, self.up)
-        return constrain(x + jnp.einsum("BTF,FD->BTD", y, self.down), "BTD"), cache
+        gate = checkpoint_name(product("BTD,DF->BTF", y, self.gate), "gate_up")
+        up = checkpoint_name(product("BTD,DF->BTF", y, self.up), "gate_up")
+        return constrain(x + product("BTF,FD->BTD", silu(gate) * up, self.down), "BTD"), cache
 
 
 class SmolLM(nnx.Module):
@@ -91,10 +100,10 @@ class SmolLM(nnx.Module):
           positions, cache: BT places of the tokens in the cache (decode.Cache), where they are written and read.
         """
         c, dtype = self.config, jnp.dtype(compute.dtype)
+        starts = None if segments is None else document_starts(segments)
+        backend = chosen(compute, tokens.shape[1], starts is not None)[0] if cache is None else None
         if positions is None:
-            positions = jnp.arange(tokens.shape[1])[None]
-            if segments is not None:
-                positions -= document_starts(segments)
+            positions = jnp.arange(tokens.shape[1])[None] - (0 if starts is None else starts)
         angles = rope.angles(positions, c.head_dim, c.rope_theta)
         # The embedding is read in its own precision: the gradient's scatter-add over a batch must not round to bf16.
         embed = constrain(self.embed[...], "VD")
@@ -103,10 +112,12 @@ class SmolLM(nnx.Module):
 
         def layer(x, block_and_cache):
             block, cache = block_and_cache
-            return block(x, angles, segments, positions, cache)
+            return block(x, angles, starts, positions, cache, backend)
 
-        if compute.remat:  # forward and backward are two loops, between which XLA merges nothing, unless fully unrolled
-            layer = jax.checkpoint(layer, prevent_cse=compute.unroll >= c.num_hidden_layers)
+        if compute.remat in REMAT:
+            policy = jax.checkpoint_policies.save_only_these_names(*REMAT[compute.remat])
+            # Forward and backward are two loops, between which XLA merges nothing, unless fully unrolled.
+            layer = jax.checkpoint(layer, prevent_cse=compute.unroll >= c.num_hidden_layers, policy=policy)
         layers = cast(self.layers, dtype)
         x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=min(compute.unroll, c.num_hidden_layers))
         return rms_norm(x, self.norm, c.rms_norm_eps), cache

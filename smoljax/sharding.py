@@ -90,3 +90,20 @@ def constrain(x, dims: str):
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(dims, x.shape, ACTIVATIONS, mesh))
+
+
+def on_each_device(f, *dims: str):
+    """f as each device computes it, on its own part of the arguments (jax.shard_map); f itself without a mesh.
+
+    dims: letters of each argument; the result lies as the first. Devices exchange nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
+
+    def on_mesh(*args):
+        places = tuple(spec(letters, x.shape, ACTIVATIONS, mesh) for letters, x in zip(dims, args, strict=True))
+        # check_vma=False: a loop's zeros vary over no axis until something is added, which that check refuses.
+        return jax.shard_map(f, in_specs=places, out_specs=places[0], check_vma=False)(*args)
+
+    return on_mesh

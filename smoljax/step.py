@@ -10,8 +10,8 @@ from flax import nnx
 
 from smoljax import guard
 from smoljax.config import Compute, Train
-from smoljax.loss import IGNORE, cross_entropy
-from smoljax.model import SmolLM
+from smoljax.loss import IGNORE, cross_entropy, nats
+from smoljax.model import SmolLM, cast
 from smoljax.optim import optimizer, wsd
 
 
@@ -44,8 +44,9 @@ def compiled_step(config: Train, places: TrainState):
 
 
 def losses(model: SmolLM, batch: dict, compute: Compute):
-    """Nats of each label of the batch, BT; 0 where it is ignored."""
-    return cross_entropy(model(batch["tokens"], batch.get("segments"), compute), batch["labels"])
+    """Nats of each label of the batch, BT; 0 where it is ignored. Forward only."""
+    x = model.trunk(batch["tokens"], batch.get("segments"), compute=compute)[0]
+    return nats(x, model.embed[...], batch["labels"], compute.loss_chunk)
 
 
 def train_step(state: TrainState, batch: dict, config: Train) -> tuple[TrainState, dict]:
@@ -79,21 +80,25 @@ def gradient(model: SmolLM, batch: dict, config: Train):
     """Loss, gradient and number of labels of one batch.
 
     The loss is the mean over all labels of the step, so splitting it into micro-batches changes rounding and nothing
-    else: gradients are summed in f32.
+    else: gradients are summed in f32. Weights are cast once, not in each micro-batch.
     """
-    count = jnp.sum(batch["labels"] != IGNORE)
+    count, compute = jnp.sum(batch["labels"] != IGNORE), config.compute
+    narrow = jax.tree.map(lambda w: w, model)
+    narrow.layers = cast(model.layers, compute.dtype)
 
-    def loss(model, batch):
-        return jnp.sum(losses(model, batch, config.compute)) / count
+    def minimised(model, batch):
+        x = model.trunk(batch["tokens"], batch.get("segments"), compute=compute)[0]
+        return cross_entropy(x, model.embed[...], batch["labels"], count, compute.loss_chunk, config.z_loss)
 
-    def accumulate(sums, micro):
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(model, micro)), None
+    def one(micro):
+        (_, loss), grads = jax.value_and_grad(minimised, has_aux=True)(narrow, micro)
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     if config.accumulate == 1:
-        return *jax.value_and_grad(loss)(model, batch), count
+        return *one(batch), count
     # Micro-batch a takes rows a, a + A, ...: the split axis B stays where it lies, no row changes device.
     A = config.accumulate
     micros = jax.tree.map(lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
-    (value, grads), _ = jax.lax.scan(accumulate, zeros, micros)
+    (value, grads), _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, one(micro)), None), zeros, micros)
     return value, grads, count

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smoljax.config import Compute, Model
+from smoljax.config import REMAT, Compute, Model
 from smoljax.model import SmolLM
 
 # The six released models in small: heads in the same ratios, same theta and positions; one head_dim is not
@@ -92,7 +92,7 @@ def test_compute_settings_change_nothing():
     model, row = make(), tokens(2, 16)
     logits = forward(model, row)
     assert logits.dtype == jnp.float32
-    for compute in (Compute(remat=True), Compute(unroll=2), Compute(unroll=99)):
+    for compute in (*(Compute(remat=name) for name in ("none", *REMAT)), Compute(unroll=2), Compute(unroll=99)):
         np.testing.assert_allclose(forward(model, row, compute=compute), logits, atol=1e-5)
     half = forward(model, row, compute=Compute(dtype="bfloat16"))
     assert half.dtype == jnp.float32
@@ -111,13 +111,13 @@ def operations(jaxpr):
 
 
 def test_norms_softmax_rope_and_logits_are_f32_in_bf16():
-    """Tolerances cannot see it: all of them in bf16 stay within 5% of f32. The program can."""
+    """Tolerances cannot see it: with all of them in bf16 logits stay within 5% of f32. The program can."""
     model, ids = make(), tokens(2, 16)
     compute = Compute(dtype="bfloat16")
     found = list(operations(jax.make_jaxpr(lambda m, t: m(t, compute=compute))(model, ids).jaxpr))
     narrow = {name for name, dtype in found if dtype == jnp.bfloat16}
     wide = {name for name, dtype in found if dtype == jnp.float32}
-    precise = {"exp", "rsqrt", "cos", "sin", "reduce_sum", "reduce_max", "div"}
+    precise = {"exp", "rsqrt", "cos", "sin", "reduce_sum", "reduce_max", "div", "logistic"}
     assert not precise & narrow and precise <= wide
-    assert {"dot_general", "logistic"} <= narrow  # the matrix products and silu are what bf16 is for
+    assert "dot_general" in narrow  # the matrix products are what bf16 is for
     assert forward(model, ids, compute=compute).dtype == jnp.float32

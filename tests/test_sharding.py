@@ -72,7 +72,7 @@ def test_eight_devices_are_one(sizes):
 
 
 def test_accumulation_remat_and_unroll_on_a_mesh():
-    config = replace(CONFIG, mesh=Mesh(2, 2, 2), accumulate=4, compute=Compute(remat=True, unroll=2))
+    config = replace(CONFIG, mesh=Mesh(2, 2, 2), accumulate=4, compute=Compute(remat="full", unroll=2))
     _, losses = train(config, jax.devices())
     np.testing.assert_allclose(losses, on_one_device()[1], atol=5e-6, rtol=0)
 
