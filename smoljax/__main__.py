@@ -14,6 +14,7 @@ VERBS = {
     "plan": ("train", "what a run needs: memory, hours, disk, tokens; before it is paid for"),
     "evaluate": ("train", "loss, perplexity, bits per byte, loss by position"),
     "report": ("train", "runs against each other: one picture, one page, one table"),
+    "bench-train": ("train", "how fast training is here; a duel with transformers"),
     "replay": ("train", "repeat a step whose update was skipped, to the same value"),
     "demo": ("train", "all of it in five minutes, on the text of Python's own library"),
     "generate": ("infer", "continue prompts"),
@@ -23,7 +24,7 @@ VERBS = {
 
 HELP = f"""usage: smoljax VERB ...    (smoljax VERB --help says more)
 
-{"".join(f"  {verb:10s} {what}" + chr(10) for verb, (_, what) in VERBS.items())}
+{"".join(f"  {verb:11s} {what}" + chr(10) for verb, (_, what) in VERBS.items())}
 exit codes: 0 fine, 1 the run failed, 2 usage or config, 3 bad data or weights, 4 checkpoint trouble,
             75 stopped and resumable: the same command goes on, 130 interrupted"""
 
@@ -40,7 +41,7 @@ def dispatch(argv: list[str]) -> int:
     verb, *rest = argv
     if verb not in VERBS:
         raise UsageError(f"no verb {verb!r}{meant(verb, VERBS)}; `smoljax --help` lists them")
-    program = importlib.import_module(f"smoljax.{VERBS[verb][0]}.{verb}")
+    program = importlib.import_module(f"smoljax.{VERBS[verb][0]}.{verb.partition('-')[0]}")
     return program.main(rest)
 
 

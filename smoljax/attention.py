@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from smoljax import sharding
 from smoljax.blocked_attention import blocked
-from smoljax.config import Compute
-from smoljax.errors import UsageError
+from smoljax.config import Compute, Data
+from smoljax.errors import Error, UsageError
 
 
 def attend(q, k, v, starts=None, backend: str = "blocked"):  # BTNH BTKH BTKH BT -> BTNH
@@ -94,3 +94,11 @@ def no_splash(dtype: str, T: int, documents: bool) -> str | None:
 
 
 chosen = functools.cache(choose)
+
+
+def check_compiled(compiled, compute: Compute, data: Data):
+    """An Error where a compiled step does not hold the kernel of its backend: it would be slow without a word."""
+    backend, _ = choose(compute, data.seq_len, data.mask_documents)
+    kernel = {"cudnn": "__cudnn$fmha", "splash": "tpu_custom_call"}.get(backend)
+    if kernel and kernel not in compiled.as_text():
+        raise Error(f"attention is {backend}, but the compiled program has no {kernel}; set compute.attention=blocked")

@@ -1,5 +1,6 @@
-"""Causal attention tile by tile, in plain JAX: memory linear in T, tiles after the diagonal and of other documents never
-computed. What every other backend is compared with, and what runs on a CPU.
+"""Causal attention tile by tile, in plain JAX: what runs on a CPU, and what every other backend is compared with.
+
+Memory is linear in T; tiles after the diagonal, and those that lie before all documents of their queries, are skipped.
 
 The online softmax of FlashAttention (Dao et al. 2022): forward keeps a row's output and its log-sum-exp, backward
 computes the scores again. On 2 Xeon cores, 135M's heads, 2 x 512 tokens, forward and backward of one layer take 0.043

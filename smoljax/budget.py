@@ -5,11 +5,12 @@ Nothing is allocated, and JAX is imported only where an array's shape is asked f
 """
 
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-from smoljax.config import Mesh, Model, Train
+from smoljax.config import REMAT, Mesh, Model, Train
 
 # Dense bf16 peak, TFLOP/s per device, by the words in jax.Device.device_kind (vendors' data sheets).
 PEAK_TFLOPS = {
@@ -39,7 +40,6 @@ MEMORY_GB = {
     "TPU v5": 95,
     "TPU v6": 32,
 }
-STATE_BYTES = 12  # of a parameter: its f32 weight and Adam's two f32 moments, in memory as in a checkpoint
 RECORD_BYTES, SOURCE_BYTES = 700, 100  # of a line of metrics.jsonl, and what each source adds to it
 
 
@@ -53,10 +53,12 @@ def flops_per_token(model: Model, seq_len: int, causal: bool = True) -> float:
     return 6 * model.parameters + attention * (1 if causal else 2)
 
 
-def parameters_per_device(model: Model, mesh: dict[str, int]) -> int:
+def parameters_per_device(model: Model, mesh: dict[str, int], counts=lambda w: True) -> int:
     """Of the eleven arrays, what one device holds: split as sharding.py's table says, whole where that does not divide.
 
-    mesh: axis -> size, as from `axes`.
+    Args:
+      mesh: axis -> size, as from `axes`.
+      counts: which arrays; all of them by default.
     """
     import jax
 
@@ -64,7 +66,7 @@ def parameters_per_device(model: Model, mesh: dict[str, int]) -> int:
     from smoljax.model import abstract
 
     sizes, total = SimpleNamespace(shape=mesh), 0
-    for w in jax.tree.leaves(abstract(model), is_leaf=sharding.is_variable):
+    for w in filter(counts, jax.tree.leaves(abstract(model), is_leaf=sharding.is_variable)):
         split = [axis for axis in sharding.spec(w.dims, w.shape, sharding.WEIGHTS, sizes) if axis]
         piece = w.size
         for axis in split:
@@ -73,9 +75,18 @@ def parameters_per_device(model: Model, mesh: dict[str, int]) -> int:
     return total
 
 
-def state_bytes(model: Model, mesh: dict[str, int]) -> int:
-    """f32 weights and Adam's two moments on one device: 12 bytes a parameter it holds. A few counters are left out."""
-    return STATE_BYTES * parameters_per_device(model, mesh)
+def state_bytes(config: Train, mesh: dict[str, int]) -> int:
+    """f32 weights and moments on one device. A few counters are left out.
+
+    12 bytes a parameter with AdamW, 10 with its first moment in bfloat16; Muon has no second one for the layers'
+    matrices, 4 bytes less.
+    """
+    from smoljax.optim import is_hidden
+
+    size = parameters_per_device(config.model, mesh) * (10 if config.optim.mu_dtype == "bfloat16" else 12)
+    if config.optim.kind == "muon":
+        size -= 4 * parameters_per_device(config.model, mesh, is_hidden)
+    return size
 
 
 def gradient_bytes(config: Train, mesh: dict[str, int]) -> int:
@@ -92,21 +103,23 @@ def activation_bytes(config: Train, mesh: dict[str, int]) -> dict[str, int]:
     """What one device holds beside state and gradients at the worst moment of a step, by what it is: sum the values.
 
     For each of the b * T tokens of a micro-batch that lie on the device, with a = 4 or 2 bytes (compute.dtype), N, K, F
-    and V divided by mesh.tensor where it divides them:
+    and V divided by mesh.tensor where it divides them. All of it is linear in T.
 
-      kept     for the backward pass, of each of L layers: 8D in f32 for each of two norms (its input, and that
-               normalised) and aD that its scale made of it; a(2N + 2K)H of q, k, v and attention's output; attention's
-               T x T scores, (4 + a)NT: their exponentials in f32, the weights in a; 6aF of the MLP (gate, its sigmoid,
-               silu, silu's derivative, up, and the product). With remat aD a layer, the residual stream, no more.
-      at work  the larger of the head's and of one layer's backward pass, which follow each other. Head: logits, their
-               exponentials and their gradient in f32, 12V. Layer: the scores' gradient in f32 and the weights' in a,
-               (4 + a)NT; with remat also what is `kept` without it, of this one layer.
+      kept     for the backward pass, of each of L layers: the residual stream aD, and by compute.remat's names "qkv"
+               a(N + 2K)H, "context" aNH and 4N of its log-sum-exp, "attn_out" aD, "gate_up" 2aF. "none" and "auto":
+               what autodiff keeps. Of two norms 8D in f32 (the input, and that normalised) and aD that the scale made
+               of it; a(3N + 2K)H + 4N of attention (q, k, v, its output once for itself and once for the product
+               after it); (12 + 3a)F of the MLP (gate, its sigmoid and silu in f32; silu, up and the product).
+      at work  what the loss leaves for the backward pass, the embedding's gradient in f32, 4VD, and aD, with the larger
+               of two that follow each other. Head: logits and their exponentials in f32 and their gradient, (8 + a)V a
+               token of one chunk (compute.loss_chunk). One layer's backward: its MLP, (12 + 3a)F again, be it computed
+               again or the gradients and what is read of the stack; of its norms and attention what remat computes
+               again; three f32 tiles of scores for each row and head.
       weights  the layers' copy in a = 2, split as they are (none in f32), and the head's, whole in D. Over fsdp, what
                is gathered to be used: the embedding, in f32 for the lookup, and one layer's weights and gradients.
 
-    It is what JAX's autodiff keeps, array by array (tests/test_plan.py compares). XLA may do better, where it fuses or
-    computes again what is cheap, or worse, where it copies: compiled for CPUs, f32 needs 0.8 to 1.1 of it, bf16 1.0 to
-    1.1 with jax 0.12 and up to 2 with 0.10, which computes bf16 in f32 and keeps that.
+    What is kept is what JAX's autodiff keeps, array by array (tests/test_plan.py compares); the rest is fitted to XLA's
+    CPU compiler, whose f32 programs need 0.81 to 1.03 of the sum. bf16 it computes in f32 and may keep that.
     """
     c, a, T = config.model, 2 if config.compute.dtype == "bfloat16" else 4, config.data.seq_len
     D, H, L = c.hidden_size, c.head_dim, c.num_hidden_layers
@@ -115,20 +128,66 @@ def activation_bytes(config: Train, mesh: dict[str, int]) -> dict[str, int]:
         return size if size % mesh["tensor"] else size // mesh["tensor"]
 
     N, K, F, V = map(local, (c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size))
-    tokens = rows_per_device(config, mesh) * T
-    scores = tokens * (4 + a) * N * T
-    layer = tokens * (2 * (8 + a) * D + 2 * a * (N + K) * H + 6 * a * F) + scores
-    remat = config.compute.remat
+    rows = rows_per_device(config, mesh)
+    tokens = rows * T
+    pieces = min(-(-tokens // config.compute.loss_chunk), T)  # loss.in_chunks
+    norms, attention, mlp = 2 * (8 + a) * D, a * (3 * N + 2 * K) * H + 4 * N, (12 + 3 * a) * F
+    named = {"qkv": a * (N + 2 * K) * H, "context": a * N * H + 4 * N, "attn_out": a * D, "gate_up": 2 * a * F}
+    if config.compute.remat in REMAT:
+        names = REMAT[config.compute.remat]
+        kept = a * D + sum(named[name] for name in names)
+        again = norms + attention - sum(named[name] for name in ("qkv", "context") if name in names)
+    else:
+        kept, again = norms + attention + mlp, 0
+    tile = min(T, 128)  # blocked_attention.TILE
+    head = (8 + a) * V * rows * -(-T // pieces)
+    layer = tokens * (mlp + again) + 3 * 4 * rows * N * tile**2
     weights, ways = a * V * D, 1 if D % mesh["fsdp"] else mesh["fsdp"]
     if a == 2:
         weights += a * (parameters_per_device(c, mesh) - V * D // ways)
     if ways > 1:
         weights += 4 * V * D + 2 * a * (2 * (N + K) * H * D + 3 * D * F)
-    return {
-        "kept": L * (tokens * a * D if remat else layer),
-        "at work": max(12 * tokens * V, scores + remat * layer),
-        "weights": weights,
-    }
+    return {"kept": L * tokens * kept, "at work": 4 * V * D + tokens * a * D + max(head, layer), "weights": weights}
+
+
+def device_bytes(config: Train, mesh: dict[str, int]) -> int:
+    """All that one device holds at the worst moment of the run's largest stage, by formula."""
+    _, at = largest(config, mesh)
+    return state_bytes(at, mesh) + gradient_bytes(at, mesh) + sum(activation_bytes(at, mesh).values())
+
+
+def fitting(config: Train, mesh: dict[str, int], memory: int) -> Train:
+    """compute.remat="auto" is made the first of REMAT with which every stage needs at most 90% of a device's memory.
+
+    The rest is for what the formula does not know: fragments, collectives, a compiler's copies. Where none fits it is
+    "full". Whatever else a config says is left alone, "none" too.
+    """
+    if config.compute.remat != "auto":
+        return config
+    for name in REMAT:
+        found = replace(config, compute=replace(config.compute, remat=name))
+        if device_bytes(found, mesh) <= 0.9 * memory:
+            break
+    return found
+
+
+def remat_words(config: Train, mesh: dict[str, int], memory: int) -> str:
+    """What `fitting` chose, for a program's first lines."""
+    return f"{config.compute.remat} of {memory / 1e9:.1f} GB: {device_bytes(config, mesh) / 1e9:.1f} GB by formula"
+
+
+def device_memory(device) -> int:
+    """Bytes that JAX may use of a device: of a GPU what XLA_PYTHON_CLIENT_MEM_FRACTION says (runtime.set_flags).
+
+    A CPU's are its share of the machine's: all of it, not what is free now, so that a run is always the same program.
+    """
+    import jax
+
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total // len(jax.local_devices(backend=device.platform))
 
 
 def compiled_activation_bytes(config: Train, mesh: dict[str, int]) -> tuple[int, dict[str, int]]:
@@ -184,7 +243,7 @@ def memory_sentence(config: Train, devices: int) -> str:
     """What a run needs of each device, for the message when there is not enough."""
     mesh = config.mesh.axes(devices)
     _, at = largest(config, mesh)
-    parts = [state_bytes(at.model, mesh), gradient_bytes(at, mesh), sum(activation_bytes(at, mesh).values())]
+    parts = [state_bytes(at, mesh), gradient_bytes(at, mesh), sum(activation_bytes(at, mesh).values())]
     total, state, gradients, activations = (f"{size / 1e9:.2f} GB" for size in (sum(parts), *parts))
     return (
         f"by formula a device needs {total}: {state} of weights and moments, {gradients} of gradients, "
@@ -193,9 +252,9 @@ def memory_sentence(config: Train, devices: int) -> str:
     )
 
 
-def checkpoint_bytes(model: Model) -> int:
-    """Of one checkpoint before compression: 12 bytes a parameter. A few counters are left out."""
-    return STATE_BYTES * model.parameters
+def checkpoint_bytes(config: Train) -> int:
+    """Of one checkpoint before compression: weights and moments, as in memory. A few counters are left out."""
+    return state_bytes(config, Mesh().axes(1))
 
 
 def disk_bytes(config: Train) -> int:
@@ -208,4 +267,4 @@ def disk_bytes(config: Train) -> int:
     forever = sum(n % config.keep_every == 0 for n in older) if config.keep_every else 0
     sources = {name for _, _, at in stages(config) for name in at.data.sources}
     line = RECORD_BYTES + SOURCE_BYTES * len(sources)
-    return (len(last) + forever) * checkpoint_bytes(config.model) + config.steps // config.log_every * line
+    return (len(last) + forever) * checkpoint_bytes(config) + config.steps // config.log_every * line

@@ -88,9 +88,8 @@ SIZES = {
 }
 
 
-# What the backward pass finds kept of a layer's forward pass, by the names that model.py and the attention backends give
-# it; all else is computed again. From the fastest, which needs most memory, to the smallest. MaxText's names where it
-# has the same.
+# What the backward pass finds kept of a layer's forward pass, by the names that model.py and the attention backends
+# give it; all else is computed again. From the fastest, which needs most memory, to the smallest; MaxText's names.
 REMAT = {
     "minimal_with_context": ("qkv", "context", "attn_out", "gate_up"),  # no matrix product is computed again
     "save_dot_with_context_except_mlp": ("qkv", "context", "attn_out"),  # gate and up are
@@ -227,7 +226,7 @@ SINKS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW and the warmup-stable-decay schedule; defaults as in SmolLM's recipes."""
+    """AdamW or Muon, and the warmup-stable-decay schedule; defaults as in SmolLM's recipes."""
 
     lr: float = 3e-3  # of the stable part
     warmup_steps: int = 2000
@@ -240,9 +239,14 @@ class Optim:
     weight_decay: float = 0.01
     weight_decay_on: str = "all"  # "all", as SmolLM's trainer did, or "matrices": neither norms nor the embedding
     clip: float = 1.0  # global norm of the gradient
+    kind: str = "adamw"  # or "muon" for the layers' matrices, AdamW for the rest (optim.py)
+    mu_dtype: str = "float32"  # or "bfloat16": what the first moment, Muon's momentum, is kept in
 
     def __post_init__(self):
         check(self)
+        require(self.kind in ("adamw", "muon"), f"optim.kind is {self.kind!r}, expected adamw or muon")
+        kept = self.mu_dtype
+        require(kept in ("float32", "bfloat16"), f"optim.mu_dtype is {kept!r}, expected float32 or bfloat16")
         shapes = ("linear", "1-sqrt", "cosine")
         require(self.decay in shapes, f"optim.decay is {self.decay!r}, expected one of {', '.join(shapes)}")
         on = self.weight_decay_on
@@ -309,6 +313,7 @@ class Train:
     init_std: float = 0.02  # of a fresh model's weights; o and down get init_std / sqrt(2 * layers)
     seed: int = 0  # of the fresh weights
     init_from: str | None = None  # start from these weights instead: a run, a checkpoint or a Hugging Face folder
+    xla_flags: str | None = None  # for XLA's compiler, as in XLA_FLAGS and behind what stands there
     run: str | None = None  # the run's folder; runs/<config's name> when not given
     log_every: int = 1  # steps
     save_every: int = 1000  # steps; the last step is always saved
@@ -325,6 +330,8 @@ class Train:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 or more, below 2**32")
         require(0 <= self.z_loss < math.inf, f"z_loss is {self.z_loss}, expected 0 or more")
         require(self.run != "", "run is empty, expected a folder")
+        wrong = [word for word in (self.xla_flags or "").split() if not word.startswith("--xla_")]
+        require(not wrong, f"xla_flags has {wrong[:1]}, expected flags such as --xla_gpu_autotune_level=5")
         ramps = self.optim.warmup_steps + self.optim.decay_steps
         require(
             ramps <= self.steps,

@@ -19,7 +19,7 @@ ARGUMENTS = (
     *("page_table_v", "scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout"),
     *("sliding_window_length", "cudnn_version", "return_residual"),
 )
-TESTED = ((0, 10, 2), (0, 13))  # lowered for CUDA in tests/test_cudnn_attention.py; grouped documents from 0.11.2
+TESTED = ((0, 10, 2), (0, 13))  # lowered for CUDA in tests/test_attention.py; grouped documents from 0.11.2
 
 
 def missing(documents: bool) -> str | None:

@@ -66,7 +66,7 @@ def run(main, argv=None) -> int:
             raise
         print(
             "smoljax: the device has not enough memory; take shorter or fewer rows (data.seq_len and accumulate, "
-            "or --seq-len and --batch-size), set compute.remat=true to train, or use more devices "
+            "or --seq-len and --batch-size), set compute.remat=full to train, or use more devices "
             f"({str(e).splitlines()[0][:200]})",
             file=sys.stderr,
         )

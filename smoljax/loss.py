@@ -29,7 +29,7 @@ def nats(x, embed, labels, chunk: int):  # BTD VD BT -> BT
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(x, embed, labels, count, chunk: int, z_loss: float = 0.0):  # BTD VD BT -> two numbers
-    """(what is minimised, the loss): nats of all labels over `count`, the first with z_loss * lse^2 of each label added.
+    """(what is minimised, the loss): nats of all labels over `count`, the first with z_loss * lse^2 of each added.
 
     Args:
       count: by what the sums are divided; the gradient leaves it out, as it does the second number.

@@ -78,7 +78,7 @@ def from_yaml(file: Path | str) -> tuple[Train, list[str]]:
         "optim": optim(keys, tokens["train_steps"]),
         "compute": {
             "dtype": keys.only("model.dtype", "bfloat16", "float32", None) or "bfloat16",
-            "remat": keys.take("parallelism.recompute_layer", bool, False),
+            "remat": "full" if keys.take("parallelism.recompute_layer", bool, False) else "auto",
         },
         "heldout": {"every": None if every == -1 else every},
         "accumulate": a,

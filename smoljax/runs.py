@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from smoljax import atomic, budget, committed, settings, tokenizer, weights
+from smoljax import atomic, attention, budget, committed, settings, tokenizer, weights
 from smoljax.config import Guard, Train
 from smoljax.data import Rows
 from smoljax.errors import CheckpointError, DataError, Error, UsageError, require
@@ -28,7 +28,8 @@ FREE = {
     *("data.max_epochs", "data.chunk"),
     *("heldout.sets", "heldout.every", "heldout.max_tokens"),
     *(f"guard.{name}" for name in settings.flat(Guard()) if name != "spike_window"),
-    *("compute.dtype", "compute.remat", "compute.unroll", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("compute.dtype", "compute.remat", "compute.unroll", "compute.attention", "compute.loss_chunk"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "xla_flags"),
 }
 
 
@@ -181,6 +182,16 @@ def check_disk(folder: Path, config: Train):
     )
 
 
+def attending(config: Train) -> dict[int, str]:
+    """By a stage's start, who computes its attention and why: a UsageError where what was asked for cannot be."""
+    found = {}
+    for start in config.starts:
+        at = config.at(start)
+        backend, why = attention.choose(at.compute, at.data.seq_len, at.data.mask_documents)
+        found[start] = f"{backend} ({why})"
+    return found
+
+
 @contextlib.contextmanager
 def memory(config: Train, mesh):
     """Around a run's steps: where a device has not enough memory, the sentence says what was needed and what helps."""
@@ -189,9 +200,10 @@ def memory(config: Train, mesh):
     except Exception as e:
         if isinstance(e, Error) or "RESOURCE_EXHAUSTED" not in str(e):  # a full disk is one too
             raise
+        remat = "" if config.compute.remat == "full" else "set compute.remat=full, "
         raise Error(
             f"a device has not enough memory: {budget.memory_sentence(config, mesh.size)}. Raise accumulate "
-            f"(now {config.accumulate}), set compute.remat=true, or use more devices ({str(e).splitlines()[0][:200]})"
+            f"(now {config.accumulate}), {remat}or use more devices ({str(e).splitlines()[0][:200]})"
         ) from e
 
 

@@ -95,7 +95,8 @@ def constrain(x, dims: str):
 def on_each_device(f, *dims: str):
     """f as each device computes it, on its own part of the arguments (jax.shard_map); f itself without a mesh.
 
-    dims: letters of each argument; the result lies as the first. Devices exchange nothing.
+    dims: letters of each argument; the result lies as the first. Devices exchange nothing, but that the gradients of
+    those which compute the same, where an axis stays whole, are added up.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

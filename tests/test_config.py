@@ -105,6 +105,9 @@ def published(file: str) -> dict:
     }
 
 
+DEFAULTS = {"optim.kind": "adamw", "optim.mu_dtype": "float32", "xla_flags": None, "z_loss": 0.0}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_the_published_one(name):
     ours, theirs = settings.flat(settings.load(name)), published(RECIPES[name])
@@ -124,7 +127,9 @@ def test_recipe_is_the_published_one(name):
         "keep_every",
         "sinks",
         "data.chunk",
+        *DEFAULTS,
     }  # nothing that changes the model
+    assert ours.items() >= DEFAULTS.items()
 
 
 def test_smollm2_1_7b_is_the_papers_stages():
@@ -344,7 +349,8 @@ def test_settings_that_contradict_each_other():
         (lambda: replace(RUN, data=None), "Train.data is Data, got None"),
         (lambda: Data(sources=["a"]), "Data.sources is dict, got ['a']"),
         (lambda: Mesh(data="all"), "Mesh.data is int, got 'all'"),
-        (lambda: Compute(remat=1), "Compute.remat is bool, got 1"),
+        (lambda: Compute(remat=1), "Compute.remat is str, got 1"),
+        (lambda: Compute(remat="most"), "compute.remat is 'most', expected one of auto, none, minimal_with_context"),
     ],
 )
 def test_mistakes_in_a_file_are_sentences(make, sentence):
@@ -411,5 +417,5 @@ def test_mistakes_cost_no_jax():
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
         "smoljax: unknown setting 'optim.lrr' in Optim; did you mean 'lr'?; it has lr, warmup_steps, decay_steps, "
-        "decay, min_lr, b1, b2, eps, weight_decay, weight_decay_on, clip\n"
+        "decay, min_lr, b1, b2, eps, weight_decay, weight_decay_on, clip, kind, mu_dtype\n"
     )

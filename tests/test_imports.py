@@ -13,7 +13,8 @@ REPO = Path(__file__).resolve().parents[1]
 LINES = [
     {"errors"},
     {"config"},
-    {"settings", "nanotron_config", "nanotron_yaml", "atomic", "sharding", "rope", "attention", "shards", "text"},
+    {"settings", "nanotron_config", "nanotron_yaml", "atomic", "sharding", "rope", "product", "shards", "text"},
+    {"blocked_attention", "cudnn_attention", "splash_attention", "attention"},
     {"hf_config", "template", "guard", "processes", "sums"},
     {"tokenizer_file", "tokenizer", "encode", "executors", "chat"},
     {"companions", "tensors", "fetch"},
@@ -46,8 +47,8 @@ THIRD_PARTY = {
     "datatrove": {"smoljax.encode", "smoljax.executors"},
     "pyarrow": {"smoljax.text"},
     "orjson": {"smoljax.text"},
-    "torch": {"smoljax.verify", "smoljax.train.bench", "smoljax.infer.bench"},
-    "transformers": {"smoljax.verify", "smoljax.train.bench", "smoljax.infer.bench"},
+    "torch": {"smoljax.verify", "smoljax.train.bench_peer", "smoljax.infer.bench"},
+    "transformers": {"smoljax.verify", "smoljax.train.bench_peer", "smoljax.infer.bench"},
 }
 
 

@@ -80,6 +80,13 @@ def test_published_file_is_the_recipe(file):
     assert differ - {"accumulate", "compute.remat", "run", "keep", "keep_every"} == papers
 
 
+def test_recomputed_layers_are_remat_full(tmp_path):
+    """nanotron recomputes whole layers or nothing; where it keeps all, what fits is found anew."""
+    for said, remat in ((True, "full"), (False, "auto")):
+        config, _ = from_yaml(written(tmp_path, ("parallelism.recompute_layer", said)))
+        assert config.compute.remat == remat
+
+
 def test_stages_of_smollm_1_7b():
     config, _ = from_yaml(FOLDER / "config_smollm1_1B.yaml")
     code = [config.at(n).data.sources.get("datasets/python-edu", 0) for n in (0, 299_998, 299_999, 499_999)]

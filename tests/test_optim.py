@@ -1,21 +1,28 @@
-"""The schedule at every joint, the optimizer against numpy, and gradient accumulation against one big batch."""
+"""The schedule at every joint, both optimizers against numpy, and gradient accumulation against one big batch."""
 
 import functools
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import corpus
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from docs.muon import run as report
 from smoljax import settings
 from smoljax.config import Compute, Data, Model, Optim, Train
-from smoljax.loss import IGNORE
+from smoljax.errors import UsageError, run
+from smoljax.loss import IGNORE, cross_entropy
 from smoljax.model import SmolLM
-from smoljax.optim import decayed, optimizer, wsd
-from smoljax.step import init_state, losses, train_step
+from smoljax.optim import MOMENTUM, RMS, decayed, optimizer, sides, wsd
+from smoljax.step import init_state, train_step
+from train import pretrain
 
 MODEL = Model(32, 64, 3, 4, 2, head_dim=8, vocab_size=96, max_position_embeddings=32)
 
@@ -140,6 +147,189 @@ def test_adamw_is_numpys(on):
             np.testing.assert_allclose(x, w[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} after update {n}")
 
 
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+HIDDEN = {f"layers.{w}" for w in "q k v o gate up down".split()}
+
+
+def newton_schulz(x: np.ndarray) -> np.ndarray:
+    """Jordan's: five steps of a quintic on the singular values of one matrix."""
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    wide = wide / np.linalg.norm(wide)
+    for _ in range(5):
+        a = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * a + 2.0315 * a @ a) @ wide
+    return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+def matrix(name: str, layer: np.ndarray) -> np.ndarray:
+    """One layer's weight as the matrix that multiplies from the right: D x N H, N H x D."""
+    rows = layer.shape[0] if name[-1] in "qkvpe" else layer.size // layer.shape[-1]  # q, k, v, up, gate | o, down
+    return layer.reshape(rows, -1)
+
+
+def drawn(model, n: int, scale: float = 1.0):
+    """Gradients, other ones in each weight."""
+    leaves, tree = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(n), len(leaves))
+    return jax.tree.unflatten(tree, [scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.parametrize("on", ["all", "matrices"])
+def test_muon_is_numpys_layer_by_layer_and_the_rest_is_adamws(on):
+    """Four updates: clip, momentum, each layer's matrix orthogonalised on its own, shape, decay, the schedule."""
+    o = Optim(lr=1e-2, warmup_steps=2, decay_steps=1, weight_decay=0.1, weight_decay_on=on, kind="muon")
+    steps, plain = 4, replace(o, kind="adamw")
+    model = other = SmolLM(MODEL, nnx.Rngs(params=0))
+    state, adams = optimizer(o).init(model), optimizer(plain).init(model)
+    mask = named(decayed(model))
+    w = {name: np.asarray(x, np.float64) for name, x in named(model).items()}
+    m = {name: np.zeros_like(w[name]) for name in HIDDEN}
+    for n in range(steps):
+        grads = drawn(model, n, [1e-3, 10.0, 1e-3, 1.0][n])  # below the clip and above it
+        updates, state = jax.jit(optimizer(o).update)(grads, state, model)
+        theirs, adams = jax.jit(optimizer(plain).update)(grads, adams, other)
+        model, other = (
+            jax.tree.map(lambda x, u, n=n: x - wsd(o, steps)(n) * u, *pair)
+            for pair in ((model, updates), (other, theirs))
+        )
+        g = {name: np.asarray(x, np.float64) for name, x in named(grads).items()}
+        norm = math.sqrt(sum((x**2).sum() for x in g.values()))
+        for name in HIDDEN:
+            clipped = g[name] / max(1.0, norm / o.clip)
+            m[name] = MOMENTUM * m[name] + (1 - MOMENTUM) * clipped
+            ahead = MOMENTUM * m[name] / (1 - MOMENTUM ** (n + 2))  # Nesterov's, as optax corrects its bias
+            ahead = ahead + (1 - MOMENTUM) * clipped / (1 - MOMENTUM ** (n + 1))
+            step = np.empty_like(ahead)
+            for layer in range(MODEL.num_hidden_layers):
+                flat = matrix(name, ahead[layer])
+                step[layer] = (RMS * max(flat.shape) ** 0.5 * newton_schulz(flat)).reshape(ahead[layer].shape)
+            w[name] = w[name] - nanotron(o, steps, n) * (step + (0.1 if on == "all" or mask[name] else 0) * w[name])
+            np.testing.assert_allclose(named(model)[name], w[name], atol=2e-6, err_msg=f"{name} after update {n}")
+        for name in w.keys() - HIDDEN:  # the same bits
+            np.testing.assert_array_equal(named(model)[name], named(other)[name], err_msg=f"{name} after update {n}")
+        assert n == 0 or all((named(model)[name][...] != named(other)[name][...]).any() for name in HIDDEN)
+
+
+def test_a_muon_update_is_orthogonal_in_every_layer():
+    """Singular values of 0.68 to 1.14 where they should be 1: Jordan's quintic goes for speed; RMS near 0.2."""
+    model = SmolLM(MODEL, nnx.Rngs(params=0))
+    tx = optimizer(Optim(kind="muon", weight_decay=0.0))
+    updates, _ = jax.jit(tx.update)(drawn(model, 0), tx.init(model), model)
+    for name in HIDDEN:
+        for layer in np.asarray(named(updates)[name][...]):
+            flat = matrix(name, layer)
+            values = np.linalg.svd(flat / (RMS * max(flat.shape) ** 0.5), compute_uv=False)
+            assert values.max() < 1.25, (name, values)
+            assert min(flat.shape) == max(flat.shape) or values.min() > 0.6, (name, values)
+            assert 0.15 < np.sqrt((flat**2).mean()) < 0.22, name
+
+
+def test_the_sides_of_every_matrix_are_d_and_the_rest():
+    for w in named(SmolLM(MODEL, nnx.Rngs(params=0))).values():
+        if decayed(w):
+            rows, columns = ("".join(w.dims[axis] for axis in side) for side in sides(w.dims))
+            assert rows + columns == w.dims and "D" in (rows, columns)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_moment_is_kept_in_mu_dtype(kind):
+    """bf16 stays bf16 and costs no more than its rounding; float32, the default, is as if nobody had asked."""
+    model = SmolLM(MODEL, nnx.Rngs(params=0))
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        tx = optimizer(Optim(kind=kind, mu_dtype=dtype))
+        state = tx.init(model)
+        for n in range(3):
+            updates, state = jax.jit(tx.update)(drawn(model, n), state, model)
+        leaves = jax.tree.leaves_with_path(state)
+        paths = {jax.tree_util.keystr(path, simple=True, separator="."): x.dtype for path, x in leaves}
+        assert {d for p, d in paths.items() if ".mu." in p} == {jnp.dtype(dtype)}
+        assert sum(".mu." in p for p in paths) == 11
+        assert {d for p, d in paths.items() if ".nu." in p} == {jnp.dtype("float32")}
+        found[dtype] = named(updates)
+    for name, x in found["float32"].items():
+        y = found["bfloat16"][name]
+        assert y.dtype == jnp.float32 and 0 < np.abs(x[...] - y[...]).max() < 0.06 * np.abs(x[...]).max(), name
+    if kind == "adamw":
+        o = Optim()
+        plain = optax.chain(
+            optax.clip_by_global_norm(o.clip),
+            optax.scale_by_adam(o.b1, o.b2, o.eps),
+            optax.add_decayed_weights(o.weight_decay),
+        )
+        state = plain.init(model)
+        assert jax.tree.structure(state) == jax.tree.structure(optimizer(o).init(model))
+        for n in range(3):
+            updates, state = jax.jit(plain.update)(drawn(model, n), state, model)
+        for name, x in named(updates).items():
+            np.testing.assert_array_equal(x, found["float32"][name], err_msg=name)
+
+
+def test_what_an_optimizer_may_be():
+    for wrong, sentence in [
+        ({"kind": "sgd"}, "optim.kind is 'sgd', expected adamw or muon"),
+        ({"mu_dtype": "float16"}, "optim.mu_dtype is 'float16', expected float32 or bfloat16"),
+    ]:
+        with pytest.raises(UsageError, match=sentence):
+            Optim(**wrong)
+
+
+def test_muon_resumed_is_muon_uninterrupted_and_goes_on_only_as_itself(tmp_path, capsys):
+    corpus.write(tmp_path / "shards", corpus.documents(60, 64), 64)
+    (tmp_path / "tiny.py").write_text(
+        "from smoljax.config import Data, Model, Optim, Train\n"
+        "config = Train(\n"
+        "    Model(32, 64, 2, 4, 2, head_dim=8, vocab_size=64, max_position_embeddings=32),\n"
+        "    steps=4, data=Data(seq_len=32, batch_size=8), init_std=0.1,\n"
+        "    optim=Optim(lr=1e-2, warmup_steps=1, kind='muon', mu_dtype='bfloat16'),\n"
+        ")\n"
+    )
+
+    def words(name, *more):
+        return [str(tmp_path / "tiny.py"), f"data.sources={tmp_path / 'shards'}", f"run={tmp_path / name}", *more]
+
+    assert pretrain.main(words("whole")) == 0
+    assert pretrain.main(words("halves", "steps=2")) == 0
+    assert "resuming at step 2" not in capsys.readouterr().err
+    for refused, sentence in [
+        ("optim.kind=adamw", "optim.kind = adamw (the run has muon)"),
+        ("optim.mu_dtype=float32", "optim.mu_dtype = float32 (the run has bfloat16)"),
+    ]:
+        assert run(pretrain.main, words("halves", refused)) == 2
+        assert sentence in capsys.readouterr().err
+    assert pretrain.main(words("halves")) == 0
+    assert "resuming at step 2" in capsys.readouterr().err
+    whole, halves = (saved(tmp_path / name, 4) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and len(whole) > 11 + 11 + 4
+    assert whole["opt.1.inner_states.muon.inner_state.0.mu.layers.q"].dtype == jnp.bfloat16
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], halves[name], err_msg=name)
+    two = saved(tmp_path / "whole", 4)["model.layers.q"], saved(tmp_path / "halves", 2)["model.layers.q"]
+    assert (two[0] != two[1]).any()
+
+
+def test_the_report_says_what_was_measured():
+    folder = Path(report.__file__).parent
+    results = json.loads((folder / "results.json").read_text())
+    assert report.tables(results) + "\n" in (folder / "README.md").read_text()
+
+
+def saved(folder, step: int) -> dict:
+    """Every array of a checkpoint by name, as Orbax finds it there."""
+    from orbax.checkpoint import v1 as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.training.Checkpointer(folder / "checkpoints") as orbax:
+        there = orbax.checkpointables_metadata(step).metadata
+        wanted = {
+            k: {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for n, a in there[k].items()}
+            for k in ("model", "opt")
+        }
+        found = orbax.load_checkpointables(step, wanted)
+    return {f"{k}.{n}": np.asarray(a) for k, tree in found.items() for n, a in tree.items()}
+
+
 # ---- accumulation ----------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +379,11 @@ def test_accumulation_sums_in_f32_when_compute_is_bf16():
 
     @jax.jit
     def gradient(row):
-        return jax.grad(lambda model: jnp.sum(losses(model, row, Compute(dtype="bfloat16"))) / count)(model)
+        def minimised(model):
+            x = model.trunk(row["tokens"], compute=Compute(dtype="bfloat16"))[0]
+            return cross_entropy(x, model.embed[...], row["labels"], count, Compute().loss_chunk)[0]
+
+        return jax.grad(minimised)(model)
 
     rows = [gradient({name: x[r : r + 1] for name, x in b.items()}) for r in range(12)]
     summed = jax.tree.map(lambda *g: sum(np.asarray(x, np.float64) for x in g), *rows)

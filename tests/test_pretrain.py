@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import corpus
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from infer import convert
-from smoljax import checkpoint, committed, metrics, readings, runs, settings, sharding, step
+from smoljax import budget, checkpoint, committed, metrics, readings, runs, settings, sharding, step
 from smoljax.data import Rows
 from smoljax.errors import Error, run
 from smoljax.step import init_state
@@ -173,18 +174,46 @@ def test_a_stage_has_its_own_length_theta_and_masking(place, capsys):
     assert [r["train/tokens"] for r in metrics.read(place / "stages")] == [256, 512, 768, 1024, 1280]
 
 
+def test_remat_and_attention_are_chosen_and_said_and_config_json_stays_as_written(place, capsys, monkeypatch):
+    """The next machine chooses anew; what was chosen is what is compiled, and what a dump would say."""
+    compiled, made = [], step.compiled_step
+
+    def seen(config, places):
+        compiled.append(config.compute.remat)
+        return made(config, places)
+
+    monkeypatch.setattr(step, "compiled_step", seen)
+    for memory, remat in ((10**9, "minimal_with_context"), (1000, "full")):
+        monkeypatch.setattr(budget, "device_memory", lambda device, memory=memory: memory)
+        argv = words(place, f"remat-{remat}", "steps=1", "optim.warmup_steps=0")
+        assert pretrain.main(argv) == 0
+        err = capsys.readouterr().err
+        assert f"memory   {remat} of {memory / 1e9:.1f} GB: 0.0 GB by formula" in err
+        assert "attention  blocked (on cpu)" in err and compiled.pop() == remat
+        saved = json.loads((place / f"remat-{remat}/config.json").read_text())
+        assert saved["compute"]["remat"] == "auto"
+    assert run(pretrain.main, [*words(place, "remat-cudnn"), "compute.attention=cudnn"]) == 2
+    assert "compute.attention=cudnn needs an NVIDIA GPU" in capsys.readouterr().err
+    assert not (place / "remat-cudnn").exists()
+
+
+def compiling_to(update):
+    """What jit gives, as far as pretrain asks it."""
+    return SimpleNamespace(lower=lambda state, batch: SimpleNamespace(compile=lambda: update))
+
+
 def test_what_does_not_fit_says_what_it_needs(place, capsys, monkeypatch):
     def full(config, places):
         def update(state, batch):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
 
-        return update
+        return compiling_to(update)
 
     monkeypatch.setattr(step, "compiled_step", full)
     assert run(pretrain.main, words(place, "oom")) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert "a device has not enough memory: by formula a device needs 0.00 GB" in err
-    assert "Raise accumulate (now 1), set compute.remat=true, or use more devices" in err
+    assert "Raise accumulate (now 1), set compute.remat=full, or use more devices" in err
 
 
 def test_dry_run_needs_no_data_and_writes_nothing(place, capsys, monkeypatch):
@@ -336,7 +365,7 @@ def test_numbers_are_read_a_step_late(place, monkeypatch):
 
     def noted(config, places):
         update = compiled(config, places)
-        return lambda state, batch: events.append("dispatch") or update(state, batch)
+        return compiling_to(lambda state, batch: events.append("dispatch") or update(state, batch))
 
     class Readings(readings.Readings):
         def __call__(self, n, *rest, **more):

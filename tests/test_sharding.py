@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from smoljax import sharding
 from smoljax.config import Compute, Data, Mesh, Model, Optim, Train
 from smoljax.errors import UsageError
-from smoljax.step import init_state, train_step
+from smoljax.step import compiled_step, init_state, train_step
 
 CONFIG = Train(
     model=Model(32, 64, 2, 8, 4, head_dim=8, vocab_size=96, max_position_embeddings=32),
@@ -54,9 +54,10 @@ def train(config: Train, devices, steps: int = 5):
 
 
 @functools.cache
-def on_one_device(config_of: str = "plain"):
+def on_one_device(kind: str = "adamw"):
     """What the meshes are compared with."""
-    state, losses = train(replace(CONFIG, mesh=Mesh(1, 1, 1)), jax.devices()[:1])
+    optim = replace(CONFIG.optim, kind=kind)
+    state, losses = train(replace(CONFIG, optim=optim, mesh=Mesh(1, 1, 1)), jax.devices()[:1])
     assert losses[-1] < losses[0] - 0.1  # it learns: equal losses are not those of a model that stands still
     return jax.device_get(state.model), losses
 
@@ -66,6 +67,17 @@ def test_eight_devices_are_one(sizes):
     config = replace(CONFIG, mesh=Mesh(*sizes))
     state, losses = train(config, jax.devices())
     model, expected = on_one_device()
+    np.testing.assert_allclose(losses, expected, atol=5e-6, rtol=0)
+    for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), b, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_eight_devices_are_one_with_muon(sizes):
+    """A matrix that lies on eight devices is orthogonalised as a whole, not piece by piece."""
+    config = replace(CONFIG, optim=replace(CONFIG.optim, kind="muon"), mesh=Mesh(*sizes))
+    state, losses = train(config, jax.devices())
+    model, expected = on_one_device("muon")
     np.testing.assert_allclose(losses, expected, atol=5e-6, rtol=0)
     for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
         np.testing.assert_allclose(jax.device_get(a), b, atol=1e-4)
@@ -89,6 +101,42 @@ def test_moments_lie_like_their_weights(sizes):
         # Every weight has an axis D, split over fsdp; all matrices have one more, split over tensor.
         ways = fsdp * (tensor if w.ndim > 2 or w.shape[0] == CONFIG.model.vocab_size else 1)
         assert np.prod(pieces.pop()) * ways == w.size, w.shape
+
+
+@pytest.mark.parametrize(
+    "sizes, mu_dtype", [((1, 8, 1), "float32"), ((2, 2, 2), "bfloat16"), ((1, 4, 2), "float32")], ids=str
+)
+def test_muons_momentum_lies_like_its_weights(sizes, mu_dtype):
+    """Each weight has a momentum or Adam's moments, on its own places before a step and after."""
+    optim = replace(CONFIG.optim, kind="muon", mu_dtype=mu_dtype)
+    config = replace(CONFIG, optim=optim, mesh=Mesh(*sizes))
+    mesh, state, step = start(config, jax.devices())
+
+    def by_letters(tree):
+        leaves = jax.tree.leaves_with_path(tree, is_leaf=sharding.is_variable)
+        return {jax.tree_util.keystr(p, simple=True, separator="."): w for p, w in leaves if sharding.is_variable(w)}
+
+    def check(state):
+        weights, moments = by_letters(state.model), by_letters(state.opt_state)
+        matrices = {name for name, w in weights.items() if len(w.dims) > 1 and w.dims != "VD"}
+        muon, adam = "1.inner_states.muon.inner_state.0.mu.", "1.inner_states.adamw.inner_state."
+        expected = {muon + name: w for name, w in weights.items() if name in matrices}
+        for moment in ("mu.", "nu."):
+            expected |= {adam + moment + name: w for name, w in weights.items() if name not in matrices}
+        assert moments.keys() == expected.keys() and len(matrices) == 7
+        for name, w in expected.items():
+            assert moments[name].sharding == w.sharding and moments[name].dims == w.dims, name
+            assert moments[name].dtype == (mu_dtype if ".mu." in name else "float32")
+            pieces = {s.data.shape for x in (w, moments[name]) for s in x.addressable_shards}
+            ways = sizes[1] * (sizes[2] if len(w.dims) > 1 else 1)
+            assert len(pieces) == 1 and np.prod(pieces.pop()) * ways == w.size, name
+
+    check(state)
+    with jax.set_mesh(mesh):
+        b = jax.device_put(batch(config, 0), sharding.batch_sharding(mesh))
+        old, (state, _) = jax.tree.leaves(state), step(state, b)
+    check(state)
+    assert all(x.is_deleted() for x in old)  # donated: the new state lies in the old one's memory
 
 
 def test_state_is_split_evenly_and_stays_where_it_lies():
@@ -120,6 +168,34 @@ def test_donated_state_is_reused():
             old = jax.tree.leaves(state)
             step(state, b)
         assert all(x.is_deleted() for x in old)
+
+
+def test_steps_compile_once():
+    """The new state looks to jit as the old one did: its places, dtypes and weak types."""
+    mesh, state, _ = start(replace(CONFIG, mesh=Mesh(1, 8, 1)), jax.devices())
+    step = compiled_step(CONFIG, sharding.shardings(state, mesh))
+    with jax.set_mesh(mesh):
+        for n in range(5):
+            state, _ = step(state, jax.device_put(batch(CONFIG, n), sharding.batch_sharding(mesh)))
+    assert step._cache_size() == 1
+
+
+def test_the_program_does_not_grow_with_depth():
+    """Layers are a loop, and so is what they leave to the backward pass: 8 compile as fast as 2, unless unrolled."""
+
+    def lowered(layers: int, unroll: int = 1):
+        model = replace(CONFIG.model, num_hidden_layers=layers)
+        config = replace(CONFIG, model=model, compute=Compute(unroll=unroll))
+        state = jax.eval_shape(functools.partial(init_state, config))
+        return jax.jit(functools.partial(train_step, config=config)).lower(state, batch(config, 0))
+
+    def lines(program):
+        return len(program.as_text().splitlines())
+
+    two, eight = lowered(2), lowered(8)
+    assert lines(two) == lines(eight) < lines(lowered(8, unroll=2)) < lines(lowered(8, unroll=4))
+    two, eight = (lines(program.compile()) for program in (two, eight))
+    assert abs(two - eight) < two / 200
 
 
 def test_an_axis_that_does_not_divide_stays_whole_and_says_so_once(caplog):

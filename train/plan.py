@@ -47,15 +47,24 @@ def main(argv=None) -> int:
 
     checks = Checks()
     mesh = checks.add("mesh", partial(shape, config, devices))
+    if mesh:
+        config = budget.fitting(config, mesh, int(budget.MEMORY_GB[accelerator] * 1e9))
     fits = mesh is not None and checks.add("rows", partial(rows, config, mesh))
-    plan = {"run": config.run, "devices": devices, "accelerator": accelerator, "mfu": args.mfu} | work(config)
+    plan = {
+        "run": config.run,
+        "devices": devices,
+        "accelerator": accelerator,
+        "mfu": args.mfu,
+        "remat": config.compute.remat,
+    }
+    plan |= work(config)
     plan["hours"] = plan["flops_causal"] / (budget.PEAK_TFLOPS[accelerator] * 1e12 * args.mfu * devices) / 3600
     plan |= memory(config, mesh, compiling=bool(fits) and not args.no_compile)
     if mesh:
         checks.add("memory", partial(room, plan, accelerator, config.compute.remat))
     plan["sources"] = text(config, checks)
     checks.add("init_from", partial(beginning, config))
-    plan |= {"checkpoint_bytes": budget.checkpoint_bytes(config.model), "disk_bytes": budget.disk_bytes(config)}
+    plan |= {"checkpoint_bytes": budget.checkpoint_bytes(config), "disk_bytes": budget.disk_bytes(config)}
     checks.add("disk", partial(disk, config))
     plan["checks"] = checks.made
     print(json.dumps(plan) if args.json else page(config, plan))
@@ -111,7 +120,7 @@ def memory(config: Train, mesh: dict | None, compiling: bool) -> dict:
     if mesh:
         start, at = budget.largest(config, mesh)
         parts = budget.activation_bytes(at, mesh)
-        out["state_bytes_per_device"] = budget.state_bytes(config.model, mesh)
+        out["state_bytes_per_device"] = budget.state_bytes(config, mesh)
         out["gradient_bytes_per_device"] = budget.gradient_bytes(config, mesh)
         out |= {"activation_bytes_per_device_formula": sum(parts.values()), "activation_parts": parts}
         if compiling:
@@ -159,14 +168,14 @@ def rows(config: Train, mesh: dict):
     return True, f"{budget.rows_per_device(budget.largest(config, mesh)[1], mesh)} of a micro-batch on a device", True
 
 
-def room(plan: dict, accelerator: str, remat: bool):
+def room(plan: dict, accelerator: str, remat: str):
     """By formula; never a refusal, for a compiler may do better."""
     names = ("state_bytes_per_device", "gradient_bytes_per_device", "activation_bytes_per_device_formula")
     need, has = sum(plan[name] for name in names) / 1e9, budget.MEMORY_GB[accelerator]
     found = f"{need:.2f} GB by formula, {accelerator} has {has}"
     if need <= has:
         return True, found, None
-    remat = "" if remat else "set compute.remat=true, "
+    remat = "" if remat == "full" else "set compute.remat=full, "
     return None, f"{found}: {remat}raise accumulate or --devices, or take shorter rows", None
 
 
@@ -288,12 +297,12 @@ def disk(config: Train):
 def page(config: Train, plan: dict) -> str:
     from smoljax.metrics import human
 
-    p, remat = plan, ", layers recomputed" * config.compute.remat
+    p = plan
     speed = p["tokens"] / p["hours"] / 3600 / p["devices"]
     hours = f"{p['hours']:,.1f} hours" if p["hours"] > 0.1 else f"{p['hours'] * 3600:.2g} seconds"
     lines = [
         f"run          {p['run']}",
-        f"model        {p['parameters']:,} parameters, computed in {config.compute.dtype}{remat}",
+        f"model        {p['parameters']:,} parameters, computed in {config.compute.dtype}, remat {p['remat']}",
     ]
     lines += [
         f"stage        from step {s['start']:,}: {s['steps']:,} steps of {s['batch_size']:,} x {s['seq_len']:,} = "

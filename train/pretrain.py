@@ -1,7 +1,7 @@
 """Train a model from a config; the same command resumes.
 
     smoljax pretrain demo
-    smoljax pretrain smollm2-135m data.sources=shards run=runs/mine compute.remat=true
+    smoljax pretrain smollm2-135m data.sources=shards run=runs/mine compute.remat=full
     smoljax pretrain mine.py --dry-run           # compiles and runs one step on random tokens, writes nothing
 
 The run's folder holds config.json, tokenizer.json, metrics.jsonl, curves.png and checkpoints/STEP. On several machines
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
 from functools import partial
@@ -62,11 +63,15 @@ def main(argv=None) -> int:
     # ---- mesh
     import jax
 
-    from smoljax import metrics
+    from smoljax import budget, metrics
 
     mesh = start_mesh(config, args)
     folder = Path(config.run)
-    with contextlib.ExitStack() as stack, processes.together(), runs.memory(config, mesh):
+    with contextlib.ExitStack() as stack, processes.together():
+        memory = processes.on_first(lambda: budget.device_memory(jax.local_devices()[0]))
+        fitted = budget.fitting(config, dict(mesh.shape), memory)  # config.json keeps "auto", for another machine
+        attending = runs.attending(fitted)
+        stack.enter_context(runs.memory(fitted, mesh))
         stop = stack.enter_context(watch.Stop(config.guard.grace_s))
         changes = processes.on_first(partial(claim, folder, config, args.allow_change, stack))
         stack.enter_context(jax.set_mesh(mesh))
@@ -93,9 +98,9 @@ def main(argv=None) -> int:
         if processes.first():
             for change in changes:
                 print(f"resuming with {change}", file=sys.stderr)
-            print(header(config, rows, mesh, start), file=sys.stderr, flush=True)
+            print(header(fitted, rows, mesh, start, memory, attending), file=sys.stderr, flush=True)
         meter = metrics.Meter(mesh.devices.flat, start, spent, begun)
-        last = train(config, rows, held, mesh, start, checkpoints, meter, stop)
+        last = train(config, fitted, rows, held, mesh, start, checkpoints, meter, stop)
 
     # ---- result
     if processes.first():
@@ -105,11 +110,17 @@ def main(argv=None) -> int:
     return 0
 
 
-def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter, stop) -> dict:
-    """Updates start ... steps - 1. Returns the last one's numbers. held: by a stage's start, its held-out sets."""
+def train(config: Train, fitted: Train, rows, held: dict, mesh, start: int, checkpoints, meter, stop) -> dict:
+    """Updates start ... steps - 1. Returns the last one's numbers.
+
+    Args:
+      config: as it was given, which checkpoints say.
+      fitted: as it is computed (budget.fitting), which dumps say: a replay on any machine is the same program.
+      held: by a stage's start, its held-out sets.
+    """
     import jax
 
-    from smoljax import corruption, metrics, runs, sharding
+    from smoljax import attention, corruption, metrics, runs, sharding
     from smoljax.checkpoint import parts
     from smoljax.data import batches
     from smoljax.readings import Readings
@@ -117,7 +128,7 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
 
     feed = batches(rows, start, config.steps, sharding.batch_sharding(mesh))
     agreement = processes.Agreement(mesh)
-    with Readings(config, rows, mesh, start, checkpoints, meter) as read:
+    with Readings(fitted, rows, mesh, start, checkpoints, meter) as read:
         part = state = unread = None
         for n in range(start + 1, config.steps + 1):
             # ---- stage: its own shapes, theta and program
@@ -126,7 +137,7 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                 if unread:
                     read(*unread)
                 unread = None
-                part, at = rows.part(n - 1), config.at(n - 1)
+                part, at = rows.part(n - 1), fitted.at(n - 1)
                 with read.dog.pause(), meter.timing("restore"):
                     abstract = jax.eval_shape(partial(init_state, at))
                     places = sharding.shardings(abstract, mesh)
@@ -150,8 +161,11 @@ def train(config: Train, rows, held: dict, mesh, start: int, checkpoints, meter,
                     check(n, state, batch)
             if n == start + 1:
                 meter.starts()
-            with read.compiling() if begins else contextlib.nullcontext():
-                state, on_device = update(state, batch)
+            if begins:
+                with read.compiling():
+                    update = update.lower(state, batch).compile()
+                    attention.check_compiled(update, at.compute, at.data)
+            state, on_device = update(state, batch)
             full = config.guard.max_rss_gb is not None and metrics.host_rss_gb() > config.guard.max_rss_gb
             asked = agreement.ask(stop.asked or (watch.FULL if full else 0))
 
@@ -198,6 +212,7 @@ def evaluate(model, sets: list, at: Train, mesh, alive) -> dict:
 def start_mesh(config: Train, args):
     from smoljax import runtime, sharding
 
+    runtime.set_flags(config.xla_flags)
     processes.start(args, config.guard.heartbeat_s)
     runtime.start()
     mesh = sharding.mesh(config.mesh)
@@ -226,9 +241,10 @@ def draw_curves(folder: Path):
         print(f"no curves.png: {type(e).__name__}: {e}", file=sys.stderr)
 
 
-def header(config: Train, rows, mesh, start: int) -> str:
+def header(config: Train, rows, mesh, start: int, memory: int, attending: dict[int, str]) -> str:
     import jax
 
+    from smoljax import budget
     from smoljax.metrics import human
 
     tokens, epochs = sum(rows.consumed(config.steps).values()), rows.epochs(config.steps)
@@ -238,9 +254,11 @@ def header(config: Train, rows, mesh, start: int) -> str:
     count = jax.process_count()
     lines = [
         f"run      {config.run}, {begin}",
+        f"jax      {jax.__version__}, XLA_FLAGS {os.environ.get('XLA_FLAGS') or 'none'}",
         f"model    {config.model.parameters:,} parameters, computed in {config.compute.dtype}",
         f"devices  {mesh.size} x {device.device_kind} ({device.platform}), mesh {sizes}, "
         f"{count} process{'es' * (count > 1)}",
+        f"memory   {budget.remat_words(config, dict(mesh.shape), memory)}",
         f"tokens   {human(tokens)} in {config.steps:,} steps",
     ]
     for part in rows.parts:
@@ -250,7 +268,8 @@ def header(config: Train, rows, mesh, start: int) -> str:
             f"stage    from step {part.start:,}: {at.data.batch_size} x {at.data.seq_len} tokens, "
             + f"theta {at.model.rope_theta:g}"
             + ", documents masked" * at.data.mask_documents
-            + f"; left out: {', '.join(left)}" * bool(left)
+            + f"; left out: {', '.join(left)}" * bool(left),
+            f"attention  {attending[part.start]}",
         ]
     return "\n".join([*lines, *(f"data     {name}: {e:.2f} epochs" for name, e in epochs.items())])
 
