@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from smoljax.blocked_attention import blocked
+from smoljax.errors import UsageError
 
 ARGUMENTS = (
     *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k"),
@@ -42,12 +43,17 @@ def missing(documents: bool) -> str | None:
 
 def cudnn(q, k, v, starts=None):  # BTKGH BTKH BTKH BT -> BTKGH
     B, T, K, G, H = q.shape
+    if H % 8 or H > 128:
+        raise UsageError(
+            f"cuDNN's attention takes head sizes of 8, 16, ... 128, found {H}; set compute.attention=blocked"
+        )
     q = q.reshape(B, T, K * G, H)
     if starts is None:
         out = flash(q, k, v)
     else:
         # The number of documents in a row is part of the program. A row that has more goes the other way, as right.
-        most = max(16, T // 64)
+        # cuDNN keeps f32 statistics of [B * most, N, T]: with 32 at 8,192 tokens as many bytes as the output.
+        most = max(16, T // 256)
         begins = starts == jnp.arange(T)
         fits = jnp.max(jnp.sum(begins, axis=1)) <= most
         out = either(fits, q, k, v, starts, most)

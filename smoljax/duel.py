@@ -27,11 +27,13 @@ WARMUP = 2  # updates before the first window: they compile
 def duel(config: Train, peer: Path, windows: int, steps: int) -> dict:
     """Speeds of smoljax, of transformers as it is and under torch.compile, and how far their losses are apart.
 
+    In each turn of each side one step is not timed, `steps` are.
+
     `speedup` and `speedup_cpu_seconds` are medians of the ratios of windows beside each other, against the better of
     the two by wall time, and by CPU seconds. A peer that fails under torch.compile is said on stderr and left out.
     """
     ours = measure.Training(config)
-    last = WARMUP + windows * steps
+    last = WARMUP + windows * (1 + steps)
     with tempfile.TemporaryDirectory() as place:
         np.savez(file := Path(place) / "weights.npz", **arrays(ours.state.model))
         setup = {"weights": str(file), "lr": jax.vmap(wsd(config.optim, config.steps))(np.arange(last)).tolist()}
@@ -48,9 +50,11 @@ def duel(config: Train, peer: Path, windows: int, steps: int) -> dict:
             del peers["compile"]
         sides = {"smoljax": ours, **peers}
         taken = {name: [warm[name]] for name in sides}
-        for window in range(windows):
+        for n in range(WARMUP, last, 1 + steps):
             for name, side in sides.items():
-                taken[name].append(side.timed(WARMUP + window * steps, steps))
+                again = side.timed(n, 1)  # until then caches are the other's, and free memory may be gone to the host
+                window = side.timed(n + 1, steps)
+                taken[name].append((*window[:2], again[2] + window[2]))
         for side in peers.values():
             side.end()
 

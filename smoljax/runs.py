@@ -40,8 +40,13 @@ def open_run(folder: Path, config: Train, allowed: tuple[str, ...] = ()) -> list
     in the data or the guard's memory would mean something else.
     """
     for key in allowed:
-        known = key in settings.flat(config) and not key.startswith(("model.", "data.", "guard.", "stages"))
-        require(known, f"--allow-change {key}: expected a setting such as optim.b2 or seed, none of model, data, guard")
+        fixed = ("model.", "data.", "guard.", "stages", "optim.kind", "optim.mu_dtype")
+        known = key in settings.flat(config) and not key.startswith(fixed)
+        require(
+            known,
+            f"--allow-change {key}: expected a setting such as optim.b2 or seed, none of model, data, guard, nor "
+            "optim.kind and optim.mu_dtype, which say what the moments are",
+        )
     require(not folder.is_file(), f"run = {folder} is a file, expected a folder; name another with run=DIR")
     file = folder / "config.json"
     try:

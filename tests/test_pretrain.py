@@ -287,7 +287,7 @@ def test_what_is_refused_may_be_allowed_by_name(place, capsys):
     assert run(pretrain.main, [*other, "--allow-change", "optim.b2"]) == 2
     err = capsys.readouterr().err
     assert "another config: optim.weight_decay = 0.1 (the run has 0.01);" in err and "optim.b2" not in err
-    for key in ("model.hidden_size", "data.seed", "guard.spike_window", "optim.beta2"):
+    for key in ("model.hidden_size", "data.seed", "guard.spike_window", "optim.beta2", "optim.kind"):
         assert run(pretrain.main, [*other, "--allow-change", key]) == 2
         assert f"--allow-change {key}: expected a setting such as optim.b2" in capsys.readouterr().err
     assert pretrain.main([*other, "--allow-change", "optim.b2", "--allow-change", "optim.weight_decay"]) == 0

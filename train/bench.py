@@ -65,7 +65,7 @@ def main(argv=None) -> int:
     elif args.against:
         from smoljax.duel import duel
 
-        result = duel(config, Path(__file__).with_name("bench_peer.py"), args.windows, args.steps or 1)
+        result = duel(config, Path(__file__).with_name("bench_peer.py"), args.windows, args.steps or 2)
     else:
         result = measure.speed(config, args.windows, args.steps)
     result = around | described(config) | result

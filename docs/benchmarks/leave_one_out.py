@@ -37,8 +37,25 @@ def einsum(form, x, weight):
     return jnp.einsum(form, x, weight[...])
 
 
+def fused(self, x, angles, starts, positions, cache, backend):  # a layer with q, k, v as one product, gate and up too
+    B, T, D = x.shape
+    parts = [w[...].reshape(D, -1) for w in (self.q, self.k, self.v)]
+    y = model.product("BTD,DF->BTF", model.rms_norm(x, self.attn_norm, self.eps), jnp.concatenate(parts, axis=1))
+    ends = [parts[0].shape[1], parts[0].shape[1] + parts[1].shape[1]]
+    q, k, v = (a.reshape(B, T, -1, self.q.shape[-1]) for a in jnp.split(y, ends, axis=-1))
+    q, k = model.rope.rotate(q, angles), model.rope.rotate(k, angles)
+    y = model.attend(*(model.checkpoint_name(a, "qkv") for a in (q, k, v)), starts, backend)
+    x = x + model.checkpoint_name(model.product("BTNH,NHD->BTD", y, self.o), "attn_out")
+    both = jnp.concatenate([self.gate[...], self.up[...]], axis=1)
+    y = model.product("BTD,DF->BTF", model.rms_norm(x, self.mlp_norm, self.eps), both)
+    gate, up = jnp.split(model.checkpoint_name(y, "gate_up"), 2, axis=-1)
+    return x + model.product("BTF,FD->BTD", model.silu(gate) * up, self.down), cache
+
+
 VARIANTS = {
     "as it is": (),
+    "q, k, v fused, and gate, up": ("fused",),
+    "layers unrolled": ("unroll",),
     "attention with all scores": ("attend",),
     "cross-entropy with all logits": ("cross_entropy",),
     "products as einsum": ("product",),
@@ -49,19 +66,22 @@ VARIANTS = {
 
 @contextmanager
 def exchanged(parts):
-    others = {"attend": (model, all_scores), "product": (model, einsum), "cross_entropy": (step, all_logits)}
-    before = {name: getattr(where, name) for name, (where, _) in others.items()}
-    for name in set(parts) & set(others):
-        setattr(others[name][0], name, others[name][1])
+    others = {"attend": (model, "attend", all_scores), "product": (model, "product", einsum)}
+    others |= {"cross_entropy": (step, "cross_entropy", all_logits), "fused": (model.Block, "__call__", fused)}
+    changed = [others[part] for part in parts if part in others]
+    before = [getattr(where, name) for where, name, _ in changed]
+    for where, name, other in changed:
+        setattr(where, name, other)
     yield
-    for name, (where, _) in others.items():
-        setattr(where, name, before[name])
+    for (where, name, _), own in zip(changed, before, strict=True):
+        setattr(where, name, own)
 
 
 def main(dtype="float32", name="smollm2-135m", rows="2", length="512"):
     runs = {}
     for label, parts in VARIANTS.items():
-        compute = Compute(dtype=dtype, remat="none" if "remat" in parts else "minimal_with_context")
+        unroll = SIZES[name].num_hidden_layers if "unroll" in parts else 1
+        compute = Compute(dtype=dtype, remat="none" if "remat" in parts else "minimal_with_context", unroll=unroll)
         data = Data(seq_len=int(length), batch_size=int(rows))
         config = Train(SIZES[name], steps=100, data=data, optim=Optim(warmup_steps=1), compute=compute)
         with exchanged(parts):
