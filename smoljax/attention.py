@@ -4,7 +4,8 @@
     cudnn     NVIDIA, bfloat16: cuDNN's flash attention, documents by sequence offsets: cudnn_attention.py
     splash    TPU: Pallas's splash attention with segment ids: splash_attention.py
 
-Memory is linear in T in each of them (cuDNN keeps f32 statistics for T / 256 documents a row). `choose` says which one a run takes, and why; nothing falls back in silence.
+Memory is linear in T in each of them (cuDNN keeps f32 statistics for up to T / 256 documents a row). `choose` says
+which one a run takes, and why; nothing falls back in silence.
 """
 
 import functools
