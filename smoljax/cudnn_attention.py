@@ -15,11 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 from smoljax.blocked_attention import blocked
 from smoljax.errors import UsageError
 
-ARGUMENTS = (
-    *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k"),
-    *("page_table_v", "scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout"),
-    *("sliding_window_length", "cudnn_version", "return_residual"),
+# Arguments of JAX's rules that are not arrays, jax 0.10.2 to 0.12.0.1 (which added score_mod); given by their names.
+SETTINGS = dict(
+    seed=0, dropout_rate=0.0, variadic_args=(False, False), sliding_window_length=None, return_residual=False
 )
+SETTINGS |= dict(score_mod=None, score_mod_args=(), is_training=True)
+ARRAYS = {"query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"}
+ARRAYS |= {"page_table_k", "page_table_v", "res", "grad_output"}
 TESTED = ((0, 10, 2), (0, 13))  # lowered for CUDA in tests/test_attention.py; grouped documents from 0.11.2
 
 
@@ -32,8 +34,10 @@ def missing(documents: bool) -> str | None:
         return f"needs jax 0.11.2 for masked documents, {found}"
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    if tuple(inspect.signature(fused._dot_product_attention_fwd_rule).parameters) != ARGUMENTS:
-        return f"expects another _dot_product_attention_fwd_rule than that of jax {jax.__version__}"
+    known = ARRAYS | SETTINGS.keys() | {"scale", "mask_type", "layout", "cudnn_version"}
+    for rule in (fused._dot_product_attention_fwd_rule, fused._dot_product_attention_bwd_rule):
+        if unknown := inspect.signature(rule).parameters.keys() - known:
+            return f"does not know {', '.join(sorted(unknown))} of {rule.__name__} in jax {jax.__version__}"
     try:
         fused.check_cudnn_version()
     except RuntimeError as e:
@@ -96,11 +100,9 @@ def forward(q, k, v, lengths, places):
 
     none = jnp.zeros(0, q.dtype)
     lengths, places = (none if x is None else x for x in (lengths, places))
-    out, kept = fused._dot_product_attention_fwd_rule(
-        *(q, k, v, none, lengths, lengths, places, places, none, none, *settings(q, lengths)),
-        cudnn_version=fused.check_cudnn_version(),
-        return_residual=False,
-    )
+    arrays = dict(query=q, key=k, value=v, bias=none, page_table_k=none, page_table_v=none)
+    arrays |= dict(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=places, kv_offsets=places)
+    out, kept = call(fused._dot_product_attention_fwd_rule, q, lengths, arrays)
     *inputs, statistics, _ = kept
     out, statistics = (checkpoint_name(x, "context") for x in (out, statistics))
     return out, (*inputs, statistics, out)
@@ -109,18 +111,19 @@ def forward(q, k, v, lengths, places):
 def backward(kept, dout):
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    dq, dk, dv, *_ = fused._dot_product_attention_bwd_rule(
-        *settings(kept[0], kept[4]), True, False, kept, dout.astype(kept[0].dtype)
-    )
+    arrays = dict(res=kept, grad_output=dout.astype(kept[0].dtype))
+    dq, dk, dv, *_ = call(fused._dot_product_attention_bwd_rule, kept[0], kept[4], arrays)
     return dq, dk, dv, None, None
 
 
-def settings(q, lengths):
-    """scale, seed, dropout_rate, variadic_args, mask_type, layout, sliding_window_length."""
+def call(rule, q, lengths, arrays: dict):
+    """One of JAX's two rules with those arguments that its version has."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     mask = fused.MaskType.PADDING_CAUSAL if lengths.size else fused.MaskType.CAUSAL
-    return q.shape[-1] ** -0.5, 0, 0.0, (False, False), mask, fused.AttentionLayout.BTNH.value, None
+    given = arrays | SETTINGS | dict(scale=q.shape[-1] ** -0.5, mask_type=mask)
+    given |= dict(layout=fused.AttentionLayout.BTNH.value, cudnn_version=fused.check_cudnn_version())
+    return rule(**{name: given[name] for name in inspect.signature(rule).parameters})
 
 
 flash.defvjp(forward, backward)

@@ -261,8 +261,9 @@ def test_memory_of_a_device():
 def test_formula_and_compiled_activations(sizes, dtype, remat, chunk):
     """In float32 they agree within a quarter.
 
-    In bfloat16 XLA's CPU compiler may compute in float32 and keep that (jax 0.10 does, 0.12 does not): what it needs
-    lies between the formula in bf16 and a quarter more than the one in float32, with a bf16 copy of the weights.
+    In bfloat16 XLA's CPU compiler may compute in float32 and keep that: jax 0.10 needs up to a quarter more than the
+    formula in float32, with a bf16 copy of the weights. 0.12 does not, and fuses the f32 inside silu and norms, which
+    the formula counts: it needs 0.75 of the formula in bf16.
     """
     model = Model(256, 768, 4, 8, 4, head_dim=32, vocab_size=4096, max_position_embeddings=512)
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
@@ -277,7 +278,9 @@ def test_formula_and_compiled_activations(sizes, dtype, remat, chunk):
         assert 0.75 < compiled / formula < 1.25
     else:
         wide = replace(config, compute=replace(config.compute, dtype="float32"))
-        assert formula < compiled < 1.25 * sum(budget.activation_bytes(wide, mesh).values()) + 2 * model.parameters
+        assert (
+            0.7 * formula < compiled < 1.25 * sum(budget.activation_bytes(wide, mesh).values()) + 2 * model.parameters
+        )
 
 
 def test_a_huge_mesh_is_compiled_small_with_as_many_rows_on_a_device():

@@ -9,12 +9,15 @@ Under --output lie shards, runs, results.json, loss.png and the tables. README.m
 import argparse
 import json
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from smoljax.train.demo import smoljax as command
-from smoljax.train.demo import title, write_corpus
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from train.demo import smoljax as command
+from train.demo import title, write_corpus
 
 from smoljax import atomic, metrics, runtime, settings
 from smoljax.errors import require, run
