@@ -16,11 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train.demo import smoljax as command
-from train.demo import title, write_corpus
-
 from smoljax import atomic, metrics, runtime, settings
 from smoljax.errors import require, run
+from train.demo import smoljax as command
+from train.demo import title, write_corpus
 
 KINDS = {"adamw": "AdamW", "muon": "Muon"}
 RATES = (0.005, 0.01, 0.02)  # and, while the best is at an end, the next one by a factor of 2, MORE times at most
