@@ -8,8 +8,6 @@ Memory is linear in T in each of them (cuDNN keeps f32 statistics for up to T / 
 which one a run takes, and why; nothing falls back in silence.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -80,9 +78,9 @@ def no_cudnn(dtype: str, T: int, documents: bool) -> str | None:
         return f"needs an NVIDIA GPU, found {device.device_kind}"
     if dtype != "bfloat16":
         return f"needs compute.dtype=bfloat16, found {dtype}"
-    major = float(device.compute_capability)
-    if major < (9.0 if documents else 8.0):
-        return f"needs compute capability {'9.0 for masked documents' if documents else '8.0'}, found {major:g}"
+    capability = float(device.compute_capability)
+    if capability < (9.0 if documents else 8.0):
+        return f"needs compute capability {'9.0 for masked documents' if documents else '8.0'}, found {capability:g}"
     from smoljax.cudnn_attention import missing
 
     return missing(documents)
@@ -92,9 +90,6 @@ def no_splash(dtype: str, T: int, documents: bool) -> str | None:
     if jax.default_backend() != "tpu":
         return f"needs a TPU, JAX runs on {jax.default_backend()}"
     return f"needs rows of a multiple of 128 tokens, found {T}" if T % 128 else None
-
-
-chosen = functools.cache(choose)
 
 
 def check_compiled(compiled, compute: Compute, data: Data):

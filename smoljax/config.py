@@ -93,6 +93,7 @@ SIZES = {
 REMAT = {
     "minimal_with_context": ("qkv", "context", "attn_out", "gate_up"),  # no matrix product is computed again
     "save_dot_with_context_except_mlp": ("qkv", "context", "attn_out"),  # gate and up are
+    "save_qkv_proj": ("qkv",),  # attention is too, and all products but those of q, k, v
     "save_context": ("context",),  # all products, not attention
     "full": (),
 }

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from smoljax import attention, budget, metrics, processes, runs, sharding
+from smoljax import attention, budget, measure, metrics, processes, runs, sharding
 from smoljax.config import Train
 from smoljax.step import compiled_step, init_state
 
@@ -24,9 +24,7 @@ def run(config: Train, mesh) -> int:
         for start in config.starts:
             at = config.at(start)
             B, T = at.data.batch_size, at.data.seq_len
-            ids = np.random.default_rng(0).integers(0, at.model.vocab_size, (B, T + 1), np.int32)
-            batch = {"tokens": ids[:, :-1], "labels": ids[:, 1:]}
-            batch |= {"segments": np.ones((B, T), np.int32)} if at.data.mask_documents else {}
+            batch = measure.random_batch(at, 0)
             where = sharding.batch_sharding(mesh)
             batch = {k: jax.make_array_from_callback(v.shape, where, v.__getitem__) for k, v in batch.items()}
             places = sharding.shardings(jax.eval_shape(partial(init_state, at)), mesh)

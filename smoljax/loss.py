@@ -104,8 +104,7 @@ def softmax(x, embed, labels, vocabulary):  # BTD VD BT -> BTV BT BT BTV
 def in_chunks(one, sums, x, labels, chunk: int):  # BTD BT -> sums, BT...
     """one(sums, x, labels) over pieces of T: rows stay where they lie. What fills the last piece up has no labels."""
     B, T, _ = x.shape
-    n = -(-B * T // chunk) if B * T > chunk else 1
-    n = min(n, T)
+    n = min(-(-B * T // chunk), T)
     size = -(-T // n)
     if n == 1:
         return one(sums, x, labels)

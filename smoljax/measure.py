@@ -4,6 +4,7 @@ Needs JAX, flax, optax and numpy alone, from an uninstalled checkout. A figure i
 says so itself. Nothing is read from or written to the compilation cache: compile seconds are of a cold one.
 """
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -83,6 +84,13 @@ def product_peak(dtype: str, seconds: float = 1.0) -> float:
     return 2 * size**3 / best
 
 
+def described(config: Train) -> dict:
+    """The settings that a figure depends on."""
+    parts = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "compute", "optim", "mesh")}
+    data = {name: getattr(config.data, name) for name in ("batch_size", "seq_len", "mask_documents")}
+    return parts | {"data": data, "accumulate": config.accumulate, "z_loss": config.z_loss}
+
+
 def random_batch(config: Train, n: int, documents: int | None = None) -> dict:
     """Batch n of ids that nothing can be learned from; documents: tokens of each document, where they are masked."""
     B, T = config.data.batch_size, config.data.seq_len
@@ -94,7 +102,7 @@ def random_batch(config: Train, n: int, documents: int | None = None) -> dict:
 
 
 class Training:
-    """A run's step, compiled ahead of time on a mesh over all devices, and its state: `step(n)` is one update."""
+    """A run's step, compiled ahead of time on a mesh over all devices, and its state."""
 
     def __init__(self, config: Train):
         self.mesh = sharding.mesh(config.mesh)
@@ -113,10 +121,6 @@ class Training:
 
     def batch(self, n: int) -> dict:
         return jax.device_put(random_batch(self.config, n), sharding.batch_sharding(self.mesh))
-
-    def step(self, n: int) -> dict:
-        self.state, values = self.compiled(self.state, self.batch(n))
-        return values
 
     def timed(self, n: int, steps: int) -> tuple[float, float, list[float]]:
         """Wall and CPU seconds a step of updates n ... n + steps - 1, and their losses; the host waits at the end."""
@@ -140,13 +144,14 @@ class Training:
 def speed(config: Train, windows: int = 5, steps: int | None = None, warmup: int = 2) -> dict:
     """One row of a table: the median of `windows` windows of so many steps (default: about a second each)."""
     run = Training(config)
-    once, _, losses = run.timed(0, warmup)
+    once, _, _ = run.timed(0, warmup)
     steps = steps or max(1, min(20, round(1 / once)))
     timed = [run.timed(warmup + i * steps, steps) for i in range(windows)]
     wall, cpu = (statistics.median(t[i] for t in timed) for i in (0, 1))
     c, tokens = run.config, run.config.data.batch_size * run.config.data.seq_len
     peak = metrics.peak_flops(list(run.mesh.devices.flat))
     row = {
+        "config": described(c),
         "step_s": wall,
         "cpu_s": cpu,
         "tokens_per_s": tokens / wall,

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from smoljax import rope
-from smoljax.attention import attend, attend_cached, chosen
+from smoljax.attention import attend, attend_cached, choose
 from smoljax.config import REMAT, Compute, Model
 from smoljax.product import product
 from smoljax.sharding import constrain, is_variable
@@ -101,7 +101,7 @@ class SmolLM(nnx.Module):
         """
         c, dtype = self.config, jnp.dtype(compute.dtype)
         starts = None if segments is None else document_starts(segments)
-        backend = chosen(compute, tokens.shape[1], starts is not None)[0] if cache is None else None
+        backend = choose(compute, tokens.shape[1], starts is not None)[0] if cache is None else None
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] - (0 if starts is None else starts)
         angles = rope.angles(positions, c.head_dim, c.rope_theta)

@@ -42,8 +42,8 @@ def run(config: Train, asked: str, out: str | None):
             except Exception as e:  # a row that does not fit, or fails, is said so and must not cost the others
                 found = {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e) else ''}"}
             if "tflops_causal" in found:
-                peak = result["product_tflops"][found["dtype"]] * found["devices"]
-                found["of_product_peak"] = found["tflops_causal"] / peak
+                peak = result["product_tflops"][found["config"]["compute"]["dtype"]]
+                found["of_product_peak"] = found["tflops_causal"] / peak / (1 if on_cpu() else found["devices"])
             result[part].append({"what": label} | found)
             print(f"{part:9s} {label:42s} {line(found)}  ({time.perf_counter() - begun:.0f} s)", file=sys.stderr)
             file.write_text(json.dumps(result, indent=1) + "\n")
@@ -55,9 +55,7 @@ def measured(config: Train, *changes: str):
     """A row: this config with settings changed."""
 
     def row() -> dict:
-        changed = settings.override(config, changes)
-        around = {"dtype": changed.compute.dtype, "devices": jax.device_count()}
-        return around | measure.speed(changed, windows=3)
+        return {"devices": jax.device_count()} | measure.speed(settings.override(config, changes), windows=3)
 
     return row
 
@@ -99,7 +97,7 @@ def ablation(config: Train):
 def attention(config: Train):
     """One layer's forward and backward pass by length, once its values and gradients are those of another form."""
     for T in (512, 1024, 2048, 4096, 8192):
-        if T <= 4096 or jax.default_backend() != "cpu":
+        if T <= 4096 or not on_cpu():
             yield f"T={T}", attention_row(config, T, None)
             yield f"T={T}, documents of 256", attention_row(config, T, 256)
 
@@ -109,7 +107,7 @@ def attention_row(config: Train, T: int, document: int | None):
 
     def row() -> dict:
         c, dtype = config.model, config.compute.dtype
-        B = 1 if jax.default_backend() == "cpu" else max(1, 65_536 // T)
+        B = 1 if on_cpu() else max(1, 65_536 // T)
         name, _ = choose(config.compute, T, document is not None)
         random = np.random.default_rng(0)
         heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads, c.num_attention_heads)

@@ -273,14 +273,11 @@ def test_what_jax_makes_of_offsets(K, G):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """What lowering for a GPU asks a GPU for; and a choice that was made without one is forgotten, as is this one."""
+    """What lowering for a GPU asks a GPU for."""
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
     monkeypatch.setattr(attention, "no_cudnn", lambda *_: None)
-    attention.chosen.cache_clear()
-    yield
-    attention.chosen.cache_clear()
 
 
 FORWARD, BACKWARD = r"@__cudnn\$fmhaSoftmax\(", r"@__cudnn\$fmhaSoftmaxBackward\("

@@ -51,7 +51,7 @@ def test_it_runs_from_a_checkout_without_what_a_gpu_machine_lacks():
     text = f"import sys; sys.modules.update(dict.fromkeys({lacking})); from train.bench import main; main({ARGS})"
     done = subprocess.run([sys.executable, "-c", text], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert last_line(done.stdout)["batch"] == 8
+    assert last_line(done.stdout)["config"]["data"]["batch_size"] == 8
 
 
 def test_a_flag_reaches_xla_and_is_printed(capsys):
@@ -121,7 +121,7 @@ def test_the_suite_writes_what_it_has_and_goes_on_after_a_row_that_fails(tmp_pat
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["speed"][0] == {"what": "fails", "error": "MemoryError: too large for this machine"}
     row = written["speed"][1]
-    assert row["of_product_peak"] == pytest.approx(row["tflops_causal"] / jax.device_count())
+    assert row["of_product_peak"] == pytest.approx(row["tflops_causal"])  # pretended devices share the cores
     table = capsys.readouterr().out
     assert "| runs |" in table and "too large for this machine" in table and written["device"] in table
 

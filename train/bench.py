@@ -68,7 +68,7 @@ def main(argv=None) -> int:
         result = duel(config, Path(__file__).with_name("bench_peer.py"), args.windows, args.steps or 2)
     else:
         result = measure.speed(config, args.windows, args.steps)
-    result = around | described(config) | result
+    result = around | {"config": measure.described(config)} | result
     print("\n".join(f"{name:22s} {suite.shown(value)}" for name, value in result.items() if name != "losses"))
     if args.json:
         print(json.dumps(result))
@@ -102,20 +102,6 @@ def configured(args) -> Train:
     )
     config = settings.override(config, [f"compute.dtype={args.dtype or ('float32' if cpu else 'bfloat16')}"])
     return settings.override(config, args.settings)
-
-
-def described(config: Train) -> dict:
-    c = config
-    sizes = {k: getattr(c.model, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    return {
-        "parameters": c.model.parameters,
-        **sizes,
-        "batch": c.data.batch_size,
-        "seq": c.data.seq_len,
-        "masked": c.data.mask_documents,
-        "dtype": c.compute.dtype,
-        "accumulate": c.accumulate,
-    }
 
 
 # ---- the host
