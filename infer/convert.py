@@ -1,8 +1,9 @@
-"""`smoljax convert SRC DST --to hf|orbax|gguf`: weights from whatever MODEL may be into another form, with a proof.
+"""`smoljax convert SRC DST [--to hf|orbax|gguf]`: weights from whatever MODEL may be into another form, with a proof.
 
-`hf` is what transformers loads. `orbax` is a folder that smoljax's programs and `init_from` take. `gguf` is a folder
-with one file for llama.cpp. With --verify what was written is read back and compared with the source, tensor by tensor
-and by logits, and with transformers where that is installed; conversion.json and SHA256SUMS then lie beside it.
+`hf` is what transformers loads, or in int8 what smoljax alone does. `orbax` is a folder that smoljax's programs and
+`init_from` take. `gguf` is a folder with one file for llama.cpp. With --verify what was written is read back and
+compared with the source, tensor by tensor and by logits, and with transformers where that is installed; conversion.json
+and SHA256SUMS then lie beside it.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from smoljax.errors import Error, require, run
 
 DTYPES = {"hf": ("float32", "bfloat16", "float16"), "orbax": ("float32", "bfloat16", "float16")}
 DTYPES["gguf"] = (*DTYPES["hf"], "q8_0", "q4_0")
+DTYPES["hf"] += ("int8",)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,8 +27,10 @@ def parser() -> argparse.ArgumentParser:
         "src", metavar="SRC", help="a run, a checkpoint, a Hugging Face folder, a .gguf, nanotron, a hub name"
     )
     p.add_argument("dst", metavar="DST", help="a new folder")
-    p.add_argument("--to", choices=tuple(DTYPES), required=True)
-    p.add_argument("--dtype", choices=DTYPES["gguf"], help="default: the source's; q8_0 and q4_0 for gguf")
+    p.add_argument("--to", choices=tuple(DTYPES), default="hf", help="default: hf")
+    known = dict.fromkeys(dtype for each in DTYPES.values() for dtype in each)
+    p.add_argument("--dtype", choices=known, help="default: the source's; int8 for hf; q8_0 and q4_0 for gguf")
+    p.add_argument("--int8-embedding", action="store_true", help="--dtype int8: the embedding in int8, too")
     p.add_argument("--max-file-size", type=float, metavar="GB", help="hf: split the weights into files of this size")
     p.add_argument("--verify", action="store_true", help="read it back, compare, write conversion.json and SHA256SUMS")
     p.add_argument("--push", metavar="OWNER/NAME", help="upload DST to the Hugging Face hub when it is complete")
@@ -38,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
     known = args.dtype in (None, *DTYPES[args.to])
-    require(known, f"--dtype {args.dtype} is for --to gguf; --to {args.to} takes {', '.join(DTYPES[args.to])}")
+    for_ = " or ".join(to for to, dtypes in DTYPES.items() if args.dtype in dtypes)
+    require(known, f"--dtype {args.dtype} is for --to {for_}; --to {args.to} takes {', '.join(DTYPES[args.to])}")
+    require(not args.int8_embedding or args.dtype == "int8", "--int8-embedding is for --dtype int8")
     split = args.max_file_size
     require(split is None or (args.to == "hf" and split > 0), "--max-file-size is for --to hf, and more than 0")
     require(not args.private or args.push, "--private is for --push")
@@ -51,12 +57,12 @@ def main(argv=None) -> int:
     start = time.perf_counter()
     with atomic.fresh(args.dst) as part:  # refuses a DST that exists before any weight is read
         with weights.open_source(args.src) as source:
-            dtype = args.dtype or source.dtype
+            dtype = args.dtype or (source.dtype if source.dtype in DTYPES[args.to] else "float32")  # as exact
             write(source, part, args, dtype)
             report = {
                 "route": f"{Path(args.src).name if Path(args.src).exists() else args.src} -> {args.to}",
                 "dtype": dtype,
-                "bits": "exact" if dtype in (source.dtype, "float32") else "rounded",
+                "bits": "exact" if dtype in (source.dtype, "float32") and not args.int8_embedding else "rounded",
                 "parameters": source.config.parameters,
                 "seconds": round(time.perf_counter() - start, 2),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000,  # kB on Linux
@@ -83,7 +89,8 @@ def write(source, folder, args, dtype: str):
     from smoljax import atomic, checkpoint, exchange, gguf, hf
 
     if args.to == "hf":
-        hf.write(folder, source, dtype, args.max_file_size and int(args.max_file_size * 1e9))
+        size = args.max_file_size and int(args.max_file_size * 1e9)
+        hf.write(folder, source, dtype, size, args.int8_embedding)
         return
     files = source.files
     if args.to == "gguf":  # which holds the tokenizer itself
@@ -105,6 +112,10 @@ def describe(dst: str, report: dict) -> str:
     if "tensors" in report:
         t, theirs, logits = report["tensors"], report["transformers"], report["logits"]
         rounded = "" if report["bits"] == "exact" else f", rounded to {report['dtype']}"
+        if "bytes" in report:
+            mb = {what: f"{size / 1e6:.2f} MB" for what, size in report["bytes"].items()}
+            lines.append(f"weights {mb['weights']}, scales {mb['scales']}, total {mb['total']}")
+            rounded = "" if report["bits"] == "exact" else ", rounded to bfloat16, the others within half a step"
         lines.append(
             f"read back: {t['exact']} of {t['count']} tensors are exactly the source's{rounded}, "
             f"difference up to {t['largest_difference']:.3g}"

@@ -1,110 +1,267 @@
-"""`smoljax generate MODEL --prompt TEXT`: continue prompts, or answer messages by the model's chat template.
+"""Continue prompts, or answer messages by the model's chat template: a few of them, or a file.
 
-The model's own end-of-text token ends a row. Without --temperature the likeliest token is taken each time. --chat makes
-each --prompt a user's message; --messages reads whole conversations, a JSON line each: {"messages": [{"role": "user",
-"content": "..."}]}. Answers go to stdout.
+    smoljax generate MODEL --prompt TEXT [--chat] [--stream]
+    smoljax generate MODEL --messages FILE
+    smoljax generate MODEL --input prompts.jsonl --output out.jsonl
+
+The model's own end-of-text token ends a row, and its generation_config.json says how to sample where the flags do not;
+else the likeliest token is taken each time. A file is .jsonl (a "prompt" or "messages" a line; "seed" and
+"max_new_tokens" there hold for the row, other keys are passed through), .parquet or .txt. The output has a row for
+each, in order; a bad one has an "error" in place of a text, and then the exit code is 3. A job that is killed goes on
+where it was by the same command.
 """
 
 import argparse
+import itertools
 import json
+import os
+import sys
+from pathlib import Path
 
-from smoljax.errors import UsageError, require, run
+from smoljax import generation_config, jobs
+from smoljax.errors import DataError, UsageError, require, run
+
+FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+FLAGS += ("min_new_tokens", "logprobs")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("smoljax generate", description="Continue prompts.", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        "smoljax generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     p.add_argument("model", metavar="MODEL", help="a run, a Hugging Face folder, a .gguf, a fetched or a hub name, ...")
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="give it again for a batch")
     p.add_argument("--chat", action="store_true", help="prompts are messages, for the model's chat template")
+    p.add_argument("--system", metavar="TEXT", help="a system message before each prompt; with --chat")
     p.add_argument("--messages", metavar="FILE", help="conversations to answer, in JSON lines")
-    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default %(default)s")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest token")
-    p.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    p.add_argument("--top-p", type=float, metavar="P", help="... from the fewest that reach the probability P")
-    p.add_argument("--seed", type=int, default=0, help="of the samples; equal prompts give equal samples")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
-    p.add_argument(
-        "--json", action="store_true", help="a JSON line each: prompt or messages, text, tokens, finish_reason"
-    )
+    p.add_argument("--input", metavar="FILE", help="a batch job: .jsonl, .parquet or .txt")
+    p.add_argument("--output", metavar="FILE", help="its results, in JSON lines")
+    p.add_argument("--json", action="store_true", help="a JSON line each: text, tokens, finish_reason, logprobs")
+    p.add_argument("--stream", action="store_true", help="text as it comes; for one prompt")
+    a = p.add_argument_group("sampling and stopping")
+    a.add_argument("--max-new-tokens", type=int, metavar="N", help="default 64")
+    a.add_argument("--min-new-tokens", type=int, metavar="N", help="before as many, none that ends a row")
+    a.add_argument("--temperature", type=float, metavar="T", help="0, the default: the likeliest token")
+    a.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    a.add_argument("--top-p", type=float, metavar="P", help="... from the fewest that reach the probability P")
+    a.add_argument("--min-p", type=float, metavar="P", help="... from those with P of the likeliest one's or more")
+    a.add_argument("--repetition-penalty", type=float, metavar="P", help="of tokens in the prompt or before; 1: none")
+    a.add_argument("--frequency-penalty", type=float, metavar="P", help="subtracted for each time a token was given")
+    a.add_argument("--presence-penalty", type=float, metavar="P", help="subtracted where a token was given")
+    a.add_argument("--logit-bias", action="append", default=[], metavar="ID=X", help="added to a token's logit")
+    a.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a row, and is not part of it")
+    a.add_argument("--eos", action="append", type=int, metavar="ID", help="ends a row, in place of the model's own")
+    a.add_argument("--ignore-eos", action="store_true", help="nothing but the limit, or --stop, ends a row")
+    a.add_argument("--seed", type=int, default=0, help="of the samples; equal prompts give equal samples")
+    a.add_argument("--n", type=int, default=1, metavar="N", help="samples a prompt, by seeds SEED ... SEED + N - 1")
+    a.add_argument("--logprobs", type=int, metavar="N", help="of each token, and of the N likeliest; with --json")
+    a.add_argument("--prompt-logprobs", action="store_true", help="... of the prompt's tokens, too")
+    a.add_argument("--no-generation-config", action="store_true", help="leave the model's own settings aside")
+    b = p.add_argument_group("how to run")
+    b.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
+    b.add_argument("--int8", action="store_true", help="weights in int8; a folder that is in int8 needs no flag")
+    b.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="keys and values (default: --dtype)")
+    b.add_argument("--batch-size", type=int, metavar="B", help="rows at a time, on each device (8 on a CPU, else 64)")
+    b.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round that are guessed, and checked")
+    b.add_argument("--draft", metavar="MODEL", help="a small model that guesses (default: what stood there before)")
+    b.add_argument("--num-processes", type=int, metavar="N", help="that share the job (default: SLURM's or Open MPI's)")
+    b.add_argument("--process-id", type=int, metavar="I", help="which one this is: 0 ... N-1")
     return p
 
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
-    from smoljax import chat, decode, runtime, weights
-    from smoljax.config import Compute
+    check(args)
+    processes = share(args)
+    import jax
 
-    decode.Sampling(args.temperature, args.top_k, args.top_p)  # a wrong setting is said before weights are read
-    require(args.max_new_tokens >= 1, f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more")
-    greedy = args.temperature == 0 and (args.top_k is not None or args.top_p is not None)
-    require(not greedy, "--top-k and --top-p choose what is sampled from; give --temperature, more than 0")
-    require(bool(args.prompt) != bool(args.messages), "expected --prompt TEXT, or --messages FILE, and not both")
-    for number, text in enumerate(args.prompt, start=1):
-        check_text(text, number)
-    conversations = list(chat.read_messages(args.messages)) if args.messages else []
-    require(bool(conversations) or not args.messages, f"{args.messages} holds no conversation; give one a line")
-    if args.chat:
-        conversations = conversations or [[{"role": "user", "content": text}] for text in args.prompt]
+    from smoljax import chat, runtime, weights
+    from smoljax.answers import Answers, ends, turn_ends
+    from smoljax.config import Compute
+    from smoljax.engine import Engine
+    from smoljax.layout import lay_out
+    from smoljax.quantize import quantize
+    from smoljax.sampling import Sampling
+    from smoljax.score import loglikelihoods
+
+    bias = tuple(map(pair, args.logit_bias))
+    flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    check_sampling(flags, bias)
+    rows = [{"prompt": text} for text in args.prompt]
+    if args.messages:
+        rows = [{"messages": messages} for messages in chat.read_messages(args.messages)]
+        require(bool(rows), f"{args.messages} holds no conversation; give one a line")
+    if args.input:
+        jobs.count(Path(args.input))
     runtime.start()
     loaded = weights.read(args.model)
-    words = loaded.tokenizer
-    if words is None:
+    if loaded.tokenizer is None:
         raise UsageError(f"{args.model} has no tokenizer.json, which prompts need; copy the model's into the folder")
-    texts = render(loaded, conversations) if conversations else args.prompt
-    eos = None  # the model's own
-    if conversations:
-        prompts = [chat.encode(words, text) for text in texts]
-        if chat.own(loaded.files) is None:  # a base model ends a document, and not a turn
-            eos = ends(loaded.config) + (words.token_to_id("<|im_end|>"),)
+    first = next(jobs.rows(Path(args.input))) if args.input else rows[0]
+    conversations = args.chat or "messages" in first
+    settings = asked(args, flags, loaded)
+    own = {name: settings.pop(name, default) for name, default in (("stop_strings", ()), ("max_new_tokens", 64))}
+    stop, limit = tuple(args.stop or own["stop_strings"]), args.max_new_tokens or own["max_new_tokens"]
+    how = Sampling(**settings | {"logit_bias": bias})
+    if args.eos:
+        eos = tuple(args.eos)
     else:
-        prompts = [words.encode(text).ids for text in texts]
-    for number, ids in enumerate(prompts, start=1):
-        require(bool(ids), f"prompt {number} is {texts[number - 1]!r}, which has no tokens; give some text")
+        eos = () if args.ignore_eos else turn_ends(loaded) if conversations else ends(loaded.config)
+    model = quantize(loaded.model) if args.int8 and loaded.dtype != "int8" else loaded.model
+    compute = Compute(dtype=args.dtype)
+    size = args.batch_size or (8 if jax.default_backend() == "cpu" else 64)
+    size = min(size, (jobs.count(Path(args.input)) if args.input else len(rows)) * args.n)
+    options = {"sampling": how, "eos": eos, "compute": compute, "cache": args.cache, "drafts": args.drafts}
+    options |= {"draft": weights.load(args.draft) if args.draft else None}
+    devices = jax.local_devices() if args.input else [None]
+    served = lay_out(model, args.dtype, size * (1 + args.drafts))
+    if served.report:
+        print(f"smoljax: laid out for {served.report}", file=sys.stderr)
+    engines = [Engine(served, size, device=device if len(devices) > 1 else None, **options) for device in devices]
 
-    rows = decode.complete(
-        loaded.model,
-        prompts,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
+    def prompt_logprobs(ids: list[int]) -> list:
+        (found,) = loglikelihoods(
+            loaded.model, [(ids[:1], ids[1:])], compute=Compute(dtype=args.dtype, loss_chunk=1024)
+        )
+        return [None, *found.logprobs.tolist()]
+
+    with Answers(
+        loaded,
+        engines,
+        conversations=conversations,
+        system=args.system,
+        max_new_tokens=limit,
         seed=args.seed,
-        eos=eos,
-        compute=Compute(dtype=args.dtype),
-    )
-    for i, row in enumerate(rows):
-        text, asked = words.decode(row.tokens), "" if conversations else args.prompt[i]
+        n=args.n,
+        stop=stop,
+        prompt_logprobs=prompt_logprobs if args.prompt_logprobs else None,
+        say=say if args.stream else None,
+    ) as answers:
+        if args.input:
+            what = vars(args) | {"settings": settings, "source": loaded.source}
+            for name in ("input", "output", "num_processes", "process_id", "batch_size", "json"):
+                what.pop(name)
+            return job(answers, jobs.Job(Path(args.input), Path(args.output), what, *processes))
+        return few(answers, rows, args)
+
+
+def few(answers, rows: list[dict], args) -> int:
+    """Each on stdout: a JSON line, or the prompt and what follows it; an answer stands alone."""
+    for i, row in enumerate(answers.run(rows, strict=True)):
         if args.json:
-            given = {"messages": conversations[i]} if conversations else {"prompt": asked}
-            print(json.dumps(given | dict(text=text, tokens=row.tokens, finish_reason=row.finish_reason)))
-        else:
-            print(("\n" if i else "") + asked + text)
+            print(json.dumps(row))
+            continue
+        asked = "" if answers.conversations else row["prompt"]
+        if args.stream:
+            print()
+            continue
+        for j, sample in enumerate(row.get("samples", [row])):
+            print(("\n" if i + j else "") + asked + sample["text"])
     return 0
 
 
-def render(loaded, conversations: list) -> list[str]:
-    """By the model's own chat template, which runs in a process of its own."""
-    from smoljax import chat
-    from smoljax.template import Template
-
-    c, words = loaded.config, loaded.tokenizer
-    first = ends(c)[0] if ends(c) else None
-    bos, eos = ("" if id is None else words.id_to_token(id) or "" for id in (c.bos_token_id, first))
-    name = f"the chat template of {loaded.source}"
-    with Template(chat.pick(loaded.files, c), name, bos, eos) as template:
-        return [template.render(messages) for messages in conversations]
+def say(text: str):
+    print(text, end="", flush=True)
 
 
-def ends(config) -> tuple[int, ...]:
-    eos = config.eos_token_id
-    return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+def job(answers, work: jobs.Job) -> int:
+    """A file's rows, from the first that is not done."""
+    from smoljax.progress import Progress
+
+    with work:
+        if work.begin > work.first and not work.complete:
+            print(f"smoljax: goes on behind the {work.begin - work.first} rows that are done", file=sys.stderr)
+        rows = itertools.islice(jobs.rows(work.source), work.begin, work.last)
+        if not work.complete:
+            with Progress(work.last - work.first, work.begin - work.first) as progress:
+                for row in answers.run(rows):
+                    work.write(row)
+                    progress.add(sum(len(sample.get("tokens", ())) for sample in row.get("samples", [row])))
+    if not work.join():
+        print(f"smoljax: rows {work.first + 1} to {work.last} are done, others are not yet", file=sys.stderr)
+        return 0
+    bad = jobs.errors(work.output)
+    if bad:
+        raise DataError(f"{len(bad)} of {work.what['rows']} rows of {work.source} have no answer; the first: {bad[0]}")
+    print(f"smoljax: {work.output}: {work.what['rows']} rows", file=sys.stderr)
+    return 0
 
 
-def check_text(text: str, number: int):
+def asked(args, flags: dict, loaded) -> dict:
+    """The flags, and what generation_config.json says beside them."""
+    own = {} if args.no_generation_config else generation_config.defaults(loaded.files, loaded.source)
+    if flags.get("temperature") == 0:
+        own = {key: value for key, value in own.items() if key not in generation_config.SAMPLED}
+    settings = own | flags
+    used = {key: value for key, value in own.items() if settings[key] is value}
+    if used:
+        print(f"smoljax: by generation_config.json: {', '.join(f'{k} {v}' for k, v in used.items())}", file=sys.stderr)
+    return settings
+
+
+def check_sampling(flags: dict, bias: tuple):
+    """Each flag by itself, before weights are read; whether they are sampled at all is known when they are."""
+    from smoljax.sampling import Sampling
+
+    Sampling(**{"temperature": 1.0} | {k: v for k, v in flags.items() if k != "temperature"}, logit_bias=bias)
+    Sampling(temperature=flags.get("temperature", 0.0))
+    greedy = flags.get("temperature") == 0 and {"top_k", "top_p", "min_p"} & set(flags)
+    require(not greedy, "--top-k, --top-p and --min-p choose what is sampled from; give --temperature above 0")
+
+
+def check(args):
+    """What cannot be, before anything is read."""
+    ways = [bool(args.prompt), bool(args.messages), bool(args.input)]
+    require(sum(ways) == 1, "expected --prompt TEXT, or --messages FILE, or --input FILE, and one of them")
+    require(bool(args.input) == bool(args.output), "--input and --output go together")
+    require(not args.system or args.chat, "--system is for --chat")
+    require(
+        args.max_new_tokens is None or args.max_new_tokens >= 1,
+        f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more",
+    )
+    require(args.n >= 1, f"--n is {args.n}, expected 1 or more")
+    require(0 <= args.seed <= 2**32 - args.n, f"--seed is {args.seed}, expected 0 or more, below 2**32")
+    require(args.batch_size is None or args.batch_size >= 1, f"--batch-size is {args.batch_size}, expected 1 or more")
+    require(0 <= args.drafts <= 16, f"--drafts is {args.drafts}, expected 0 to 16")
+    require(not args.draft or args.drafts, "--draft guesses --drafts tokens a round; give both, such as --drafts 4")
+    require(not (args.eos and args.ignore_eos), "--eos and --ignore-eos exclude each other")
+    one = len(args.prompt) == 1 and args.n == 1 and not args.json
+    require(not args.stream or one, "--stream is for one --prompt, without --n and --json")
+    told = args.json or args.input
+    require(args.logprobs is None or told, "--logprobs are given with --json, or in --output")
+    require(not args.prompt_logprobs or args.logprobs is not None, "--prompt-logprobs comes with --logprobs N")
+    require(all(args.stop), "--stop '' would end every row at once")
+    for number, text in enumerate(args.prompt, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no text
+            raise UsageError(f"prompt {number} is not UTF-8 text") from None
+
+
+def pair(text: str) -> tuple[int, float]:
+    id, _, value = text.partition("=")
     try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are no text
-        raise UsageError(f"prompt {number} is not UTF-8 text") from None
+        return int(id), float(value)
+    except ValueError:
+        raise UsageError(f"--logit-bias {text!r}, expected a token id and a number: 42=-1.5") from None
+
+
+def share(args) -> tuple[int, int]:
+    """(which process this is, of how many): by the flags, SLURM or Open MPI. They need not find each other."""
+    if args.num_processes is None and args.process_id is None:
+        for count, mine in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+            if args.input and count in os.environ and mine in os.environ:
+                return int(os.environ[mine]), int(os.environ[count])
+        return 0, 1
+    count, mine = args.num_processes, args.process_id
+    require(None not in (count, mine), "--num-processes and --process-id go together")
+    require(bool(args.input), "--num-processes is for --input")
+    require(count >= 1, f"--num-processes is {count}, expected 1 or more")
+    require(0 <= mine < count, f"--process-id is {mine}, expected 0 ... {count - 1} of --num-processes {count}")
+    return mine, count
 
 
 if __name__ == "__main__":

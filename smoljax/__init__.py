@@ -6,7 +6,7 @@ _EXPORTS = {
     "SIZES": "config",
     "Train": "config",
     "SmolLM": "model",
-    "generate": "decode",
+    "generate": "engine",
     "load": "weights",
     "load_tokenizer": "weights",
 }

@@ -17,14 +17,16 @@ VERBS = {
     "bench-train": ("train", "how fast training is here; a duel with transformers"),
     "replay": ("train", "repeat a step whose update was skipped, to the same value"),
     "demo": ("train", "all of it in five minutes, on the text of Python's own library"),
-    "generate": ("infer", "continue prompts"),
+    "generate": ("infer", "continue prompts, a few or a file of them; killed, the same command goes on"),
+    "score": ("infer", "log-likelihood of continuations, as evaluation harnesses need it"),
+    "bench-decode": ("infer", "how fast generation is here; a duel with transformers"),
     "fetch": ("infer", "real weights into the cache"),
     "convert": ("infer", "weights to and from Hugging Face, GGUF, nanotron, with a proof"),
 }
 
 HELP = f"""usage: smoljax VERB ...    (smoljax VERB --help says more)
 
-{"".join(f"  {verb:11s} {what}" + chr(10) for verb, (_, what) in VERBS.items())}
+{"".join(f"  {verb:12s} {what}" + chr(10) for verb, (_, what) in VERBS.items())}
 exit codes: 0 fine, 1 the run failed, 2 usage or config, 3 bad data or weights, 4 checkpoint trouble,
             75 stopped and resumable: the same command goes on, 130 interrupted"""
 

@@ -176,6 +176,12 @@ def remat_words(config: Train, mesh: dict[str, int], memory: int) -> str:
     return f"{config.compute.remat} of {memory / 1e9:.1f} GB: {device_bytes(config, mesh) / 1e9:.1f} GB by formula"
 
 
+def cache_bytes(model: Model, places: int, dtype: str) -> int:
+    """Of one row's keys and values in decoding; int8 has a 4-byte scale a place and head."""
+    width = {"float32": 4 * model.head_dim, "bfloat16": 2 * model.head_dim, "int8": model.head_dim + 4}[dtype]
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * places * width
+
+
 def device_memory(device) -> int:
     """Bytes that JAX may use of a device: of a GPU what XLA_PYTHON_CLIENT_MEM_FRACTION says (runtime.set_flags).
 
@@ -250,6 +256,17 @@ def memory_sentence(config: Train, devices: int) -> str:
         f"{activations} of activations for {rows_per_device(at, mesh)} x {at.data.seq_len:,} tokens at a time; "
         "`smoljax plan` shows what a setting would change"
     )
+
+
+def inference_bytes(model: Model) -> dict[str, int | dict[str, int]]:
+    """Of the weights alone, in bfloat16 and in int8: the layers' matrices in whole numbers, an f32 scale an output."""
+    c, L, D = model, model.num_hidden_layers, model.hidden_size
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads  # of q, k and v
+    outputs = L * (heads * c.head_dim + D + 2 * c.intermediate_size + D)
+    plain = D * (c.vocab_size + 2 * L + 1)  # embedding and norms stay bfloat16
+    weights, scales = c.parameters + plain, 4 * outputs
+    int8 = {"weights": weights, "scales": scales, "total": weights + scales}
+    return {"bfloat16": 2 * c.parameters, "int8": int8}
 
 
 def checkpoint_bytes(config: Train) -> int:

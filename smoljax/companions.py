@@ -71,13 +71,15 @@ def generation_ids(config: dict, files: dict[str, bytes], folder: Path) -> dict:
     return config | ids
 
 
-def of_folder(config: Model, files: dict[str, bytes]) -> dict[str, bytes]:
+def of_folder(config: Model, files: dict[str, bytes], dtype: str) -> dict[str, bytes]:
     """What to write beside a model in a Hugging Face folder: the files found, completed and consistent."""
     out = dict(files)
     ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     old = parse_json(files.get("generation_config.json", b"{}"), Path("generation_config.json"))
     out["generation_config.json"] = to_json(old | {k: v for k, v in ids.items() if v is not None})
-    out.setdefault("README.md", card(config))
+    ours = {library: card(config, library) for library in ("transformers", "smoljax")}
+    if files.get("README.md", ours["transformers"]) in ours.values():
+        out["README.md"] = ours["smoljax" if dtype == "int8" else "transformers"]
     if "tokenizer.json" in files:
         settings = tokenizer_config(config, files)
         if (template := chat.own(files)) is not None:  # old readers look into the settings, new ones into the file
@@ -122,10 +124,10 @@ def to_json(value) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def card(config: Model) -> bytes:
+def card(config: Model, library: str) -> bytes:
     """A model card's beginning, for whoever publishes the folder to complete."""
     return f"""---
-library_name: transformers
+library_name: {library}
 tags: [smoljax]
 ---
 A LlamaForCausalLM of {config.parameters:,} parameters, written by smoljax {version("smoljax")}.

@@ -1,224 +1,218 @@
-"""Generation: one jitted prefill and one jitted step over an explicit, donated cache of keys and values.
+"""Generation on the device: slots of a batch, a prompt into a slot, rounds of new tokens.
 
-Prompts of unequal length are padded on the right to a shared length. Each row then writes at its own places: a new
-token overwrites the padding that lies where it goes, and a query sees no place after its own, so padding is never
-seen. A row's tokens depend on its prompt and seed alone, not on the batch that it is in.
+Each slot writes keys and values at its own places: a token overwrites what an earlier row left there, and a query sees
+no place after its own. So a row's tokens depend on its prompt and seed alone, not on the batch that it is in.
+
+A round feeds each row's last token and k drafts of what may follow (speculate.py; none where k = 0), and takes the
+model's own choices for as long as the drafts were those: with drafts or without, the same tokens. Next: engine.py.
 """
 
 import functools
-import math
-import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from smoljax.config import Compute, Model
-from smoljax.errors import DataError, UsageError, require
-from smoljax.model import SmolLM, cast
+from smoljax import rope
+from smoljax.attention import attend_cached
+from smoljax.config import Model
+from smoljax.layout import Served, spread
+from smoljax.model import rms_norm
+from smoljax.quantize import quantized
+from smoljax.sampling import DAMAGED, NONE, Sampling, logprobs, sample
+from smoljax.speculate import draft_tokens
+
+node = functools.partial(jax.tree_util.register_dataclass)
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass
 class Cache:
-    """Keys and values of the places seen so far: LBSKH; BSKH in a layer, which the model's scan hands to `write`."""
+    """A layer's keys, (BK)HS, and values, (BK)SH, of the places seen so far; in int8 with scales of each, (BK)S.
+
+    Rows and heads are one axis, as in the products: XLA's CPU compiler copies a cache that it must see in two shapes.
+    """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
     @staticmethod
     def zeros(config: Model, rows: int, places: int, dtype: str) -> "Cache":
-        c = config
-        shape = (c.num_hidden_layers, rows, places, c.num_key_value_heads, c.head_dim)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        heads, H = rows * config.num_key_value_heads, config.head_dim
+        scales = [jnp.zeros((heads, places)) for _ in "kv"] if dtype == "int8" else [None, None]
+        return Cache(jnp.zeros((heads, H, places), dtype), jnp.zeros((heads, places, H), dtype), *scales)
 
-    def write(self, k, v, positions) -> "Cache":  # BTKH BTKH BT
-        """These keys and values at each row's own places."""
-        rows = jnp.arange(k.shape[0])[:, None]
-        return Cache(self.k.at[rows, positions].set(k), self.v.at[rows, positions].set(v))
+    def attend(self, q, k, v, rows, positions):  # BTNH BTKH BTKH B BT -> BTNH
+        """These keys and values at their places in these rows, then the queries' attention there; and the cache.
+
+        rows None: all of them, in order, which then need not be copied.
+        """
+        B, T, K, _ = k.shape
+        k_scale = v_scale = None
+        if self.k_scale is not None:
+            (k, k_scale), (v, v_scale) = quantized(k), quantized(v)
+            k_scale, v_scale = (
+                write(a, b[..., 0], rows, positions, 2) for a, b in ((self.k_scale, k_scale), (self.v_scale, v_scale))
+            )
+        cache = Cache(write(self.k, k, rows, positions, 3), write(self.v, v, rows, positions, 2), k_scale, v_scale)
+        seen = cache
+        if rows is not None:
+            heads = (rows[:, None] * K + jnp.arange(K)).reshape(-1)
+            seen = jax.tree.map(lambda a: a[heads], cache)
+        return attend_cached(q, seen.k, seen.v, positions, seen.k_scale, seen.v_scale), cache
 
 
-def prefill(model: SmolLM, tokens, lengths, cache: Cache, compute: Compute):  # BT B -> BV
-    """The logits after each prompt's last token, and the cache that holds the prompts.
+def write(cache, new, rows, positions, axis: int):  # (BK)... BTK... B BT
+    """The cache with new numbers at their rows and places, which are counted along `axis` of BK...
 
-    The head, a third of the 135M's arithmetic, is applied to that one place of each row.
+    A place beyond the cache is padding's or a draft's, and dropped; so is a row beyond it.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, cache = model.trunk(tokens, positions=positions, cache=cache, compute=compute)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return model.logits(last)[:, 0], cache
+    B, T, K = new.shape[:3]
+    if rows is None and B == T == 1:  # in place, where a scatter of one index would be a copy; a row at work is within
+        new = jnp.expand_dims(new[0, 0], axis - 1).astype(cache.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, positions[0, 0], axis - 1)
+    rows = jnp.arange(B) if rows is None else rows
+    split = cache.reshape(-1, K, *cache.shape[1:])
+    at = (rows[:, None], *[slice(None)] * (axis - 1), positions)
+    return split.at[at].set(new.astype(cache.dtype)).reshape(cache.shape)
 
 
-def decode(model: SmolLM, tokens, positions, cache: Cache, compute: Compute):  # B B -> BV
-    """The logits after one more token in each row, at its position, and the cache that holds it too."""
-    x, cache = model.trunk(tokens[:, None], positions=positions[:, None], cache=cache, compute=compute)
-    return model.logits(x)[:, 0], cache
+@node
+@dataclass
+class Slots:
+    """What the device knows of each row at work. A row's last token is not in the cache yet: it is to be fed."""
+
+    cache: tuple[Cache, ...]
+    token: jax.Array  # B
+    position: jax.Array  # B, where that token goes
+    left: jax.Array  # B, how many more tokens the row may have; 0: it is done, or the slot is free
+    made: jax.Array  # B, how many it has
+    seed: jax.Array  # B
+    prompt: jax.Array | None  # BV, whether a token is in the prompt; where penalties need it
+    given: jax.Array | None  # BV, how often a token was given
+    history: jax.Array | None  # BS, prompt and tokens; where drafts are made
+    draft: tuple[Cache, ...] | None  # the draft model's cache
+
+    @staticmethod
+    def empty(model: Served, rows: int, places: int, cache: str, how: Sampling, drafts: int, draft: Served | None):
+        V, zero = model.config.vocab_size, jnp.zeros(rows, jnp.int32)
+        counts = [jnp.zeros((rows, V), bool), jnp.zeros((rows, V), jnp.int32)] if how.counts else [None, None]
+
+        def caches(model):
+            c = model.config
+            return tuple(Cache.zeros(c, rows, places, cache) for _ in range(c.num_hidden_layers))
+
+        history = jnp.zeros((rows, places), jnp.int32) if drafts else None
+        mine = caches(draft) if draft else None
+        zeros = [jnp.zeros_like(zero) for _ in range(4)]
+        return Slots(caches(model), *zeros, jnp.zeros(rows, jnp.uint32), *counts, history, mine)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from f32 logits; checked when made, constant in the compiled program."""
+@functools.partial(jax.jit, static_argnames="places")
+def resized(slots: Slots, places: int) -> Slots:
+    """More places, or fewer where those left out hold nothing that is needed."""
 
-    temperature: float = 0.0  # 0: the likeliest token
-    top_k: int | None = None  # only the k likeliest
-    top_p: float | None = None  # of those, only the fewest that together reach this probability (nucleus)
+    def one(a, axis):
+        a = jax.lax.slice_in_dim(a, 0, min(places, a.shape[axis]), axis=axis)
+        return jnp.pad(a, [(0, places - a.shape[i] if i == axis else 0) for i in range(a.ndim)])
 
-    def __post_init__(self):
-        t, k, p = self.temperature, self.top_k, self.top_p
-        require(math.isfinite(t) and t >= 0, f"temperature is {t}, expected 0 (greedy) or more")
-        require(k is None or k >= 1, f"top_k is {k}, expected 1 or more; leave it out to keep all tokens")
-        require(p is None or 0 < p <= 1, f"top_p is {p}, expected more than 0 and at most 1")
+    def layer(c: Cache):
+        scales = [None if a is None else one(a, 1) for a in (c.k_scale, c.v_scale)]
+        return Cache(one(c.k, 2), one(c.v, 1), *scales)
 
-
-def sample(logits, keys, how: Sampling):  # BV B -> B
-    """A token id a row, by the row's own key: temperature, then top-k, then top-p. -1 where logits are not finite."""
-    logits = logits.astype(jnp.float32)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    if how.temperature == 0:
-        ids = jnp.argmax(logits, axis=-1)
-    else:
-        # Differences to the best, so that no temperature, however small, makes an infinity of it.
-        scaled = (logits - top) / max(how.temperature, 1e-37)
-        order = None
-        if how.top_k is not None or how.top_p is not None:
-            scaled, order = jax.lax.top_k(scaled, min(how.top_k or scaled.shape[-1], scaled.shape[-1]))
-        if how.top_p is not None:
-            before = jnp.cumsum(jax.nn.softmax(scaled), axis=-1) - jax.nn.softmax(scaled)
-            scaled = jnp.where(before < how.top_p, scaled, -jnp.inf)  # the first always stays
-        ids = jax.vmap(jax.random.categorical)(keys, scaled)
-        if order is not None:
-            ids = jnp.take_along_axis(order, ids[:, None], axis=1)[:, 0]
-    return jnp.where(jnp.isfinite(top[:, 0]), ids, -1).astype(jnp.int32)
+    draft = slots.draft and tuple(map(layer, slots.draft))
+    history = None if slots.history is None else one(slots.history, 1)
+    return replace(slots, cache=tuple(map(layer, slots.cache)), draft=draft, history=history)
 
 
-def keys(seeds, n):  # B -> B
-    """Each row's key for its n-th new token."""
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), n))(seeds)
+def trunk(model: Served, tokens, rows, positions, cache):  # BT B BT -> BTD
+    """The last norm's output for tokens at their places in these rows, and the cache that holds them."""
+    c, x, kept = model.config, model.look_up(tokens), []
+    angles = rope.angles(positions, c.head_dim, c.rope_theta)
+    for block, layer in zip(model.layers, cache, strict=True):
+        x, layer = spread(block)(x, angles, functools.partial(layer.attend, rows=rows, positions=positions))
+        kept.append(layer)
+    return rms_norm(x, model.norm, c.rms_norm_eps), tuple(kept)
 
 
-@functools.partial(jax.jit, static_argnames=("how", "places", "compute"))
-def first(model, tokens, lengths, seeds, how: Sampling, places: int, compute: Compute):
-    cache = Cache.zeros(model.config, len(tokens), places, compute.dtype)
-    logits, cache = prefill(model, tokens, lengths, cache, compute)
-    return sample(logits, keys(seeds, 0), how), cache
+def head(model: Served, x):  # BTD -> BTV
+    return model.head.sums(x)
 
 
-@functools.partial(jax.jit, static_argnames=("how", "compute"), donate_argnames="cache")
-def following(model, tokens, positions, cache, seeds, n, how: Sampling, compute: Compute):
-    logits, cache = decode(model, tokens, positions, cache, compute)
-    return sample(logits, keys(seeds, n), how), cache
+def extended(model: Served, draft: Served | None, slots: Slots, tokens, offsets, rows):
+    """A piece of each prompt in its row's cache, and the draft model's."""
+    positions = offsets[:, None] + jnp.arange(tokens.shape[1])
+    x, cache = trunk(model, tokens, rows, positions, slots.cache)
+    mine = trunk(draft, tokens, rows, positions, slots.draft)[1] if draft else None
+    return x, replace(slots, cache=cache, draft=mine)
 
 
-@dataclass(frozen=True)
-class Completion:
-    tokens: list[int]  # without the prompt, with the EOS that ended it
-    finish_reason: str  # "stop" at an EOS, "length" at max_new_tokens
+@functools.partial(jax.jit, donate_argnames="slots")
+def extend(model: Served, draft: Served | None, slots: Slots, tokens, offsets, rows) -> Slots:  # BT B B
+    """All but the last piece of prompts too long for one."""
+    return extended(model, draft, slots, tokens, offsets, rows)[1]
 
 
-def generate(
-    model: SmolLM,
-    prompts: Sequence[Sequence[int]] | Sequence[str],
-    max_new_tokens: int = 64,
-    *,
-    tokenizer=None,
-    **options,
-) -> list[list[int]] | list[str]:
-    """What follows each prompt, without the prompt: ids for ids, texts for texts, which need a `tokenizer`.
+@functools.partial(jax.jit, static_argnames=("how", "eos"), donate_argnames="slots")
+def begin(model: Served, draft, slots: Slots, tokens, offsets, rows, lengths, seeds, limits, prompt, history, how, eos):
+    """The last piece of each prompt, padded on the right, and its first new token: (slots, B tokens, logprobs).
 
-    `complete` says what the options are, and why each row ended. A text is without special tokens.
+    The head, a third of the 135M's arithmetic, is applied to each prompt's last token alone. A row beyond the slots is
+    padding, and leaves no trace.
     """
-    require(not isinstance(prompts, str), "prompts is one string; give a list of them")
-    texts = [isinstance(prompt, str) for prompt in prompts]
-    if not any(texts):
-        return [row.tokens for row in complete(model, prompts, max_new_tokens, **options)]
-    require(all(texts), "some prompts are strings, some are not; give one kind")
-    require(tokenizer is not None, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
-    rows = complete(model, [tokenizer.encode(text).ids for text in prompts], max_new_tokens, **options)
-    return [tokenizer.decode(row.tokens) for row in rows]
+    x, slots = extended(model, draft, slots, tokens, offsets, rows)
+    last = jnp.take_along_axis(x, (lengths - offsets - 1)[:, None, None], axis=1)
+    logits = head(model, last)[:, 0]
+    zero = jnp.zeros_like(lengths)
+    nothing = jnp.zeros((len(rows), logits.shape[1]), jnp.int32) if how.counts else None
+    token = sample(logits, seeds, zero, how, eos, prompt, nothing)
+    left = jnp.where(ends(token, eos), 0, limits - 1)
+    new = {"token": token, "position": lengths, "left": left, "made": zero + 1, "seed": seeds}
+    if how.counts:
+        new |= {"prompt": prompt, "given": nothing.at[jnp.arange(len(rows)), token].add(1)}
+    if history is not None:
+        new["history"] = history.at[jnp.arange(len(rows)), lengths].set(token)
+    slots = replace(slots, **{name: getattr(slots, name).at[rows].set(a) for name, a in new.items()})
+    return slots, token, None if how.logprobs is None else logprobs(logits, token, how.logprobs)
 
 
-def complete(
-    model: SmolLM,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | Sequence[int] = 0,
-    eos: int | Iterable[int] | None = None,
-    compute: Compute = Compute(),
-) -> list[Completion]:
-    """Continue lists of token ids, all in one batch.
+@functools.partial(jax.jit, static_argnames=("rounds", "drafts", "how", "eos"), donate_argnames="slots")
+def advance(model: Served, draft: Served | None, slots: Slots, rounds: int, drafts: int, how: Sampling, eos: tuple):
+    """A fixed number of rounds: (slots, new tokens [rounds, B, 1 + drafts], logprobs); NONE where a row has no more."""
 
-    Args:
-      temperature, top_k, top_p: see Sampling.
-      seed: one for all rows, or one a row. A row's sample is the same in any batch; so two equal prompts under one
-        seed give equal samples: for several samples of a prompt, give it several seeds.
-      eos: ids that end a row: the model's own eos_token_id by default; with () a row never stops.
+    def one(slots, _):
+        return one_round(model, draft, slots, drafts, how, eos)
 
-    Raises UsageError for a prompt or a setting that cannot be, DataError if the model's logits are not finite.
-    """
-    how = Sampling(temperature, top_k, top_p)
-    prompts = check(model.config, prompts, max_new_tokens)
-    seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
-    require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
-    require(all(0 <= s < 2**32 for s in seeds), f"seed is {seed}, expected 0 or more, below 2**32")
-    if eos is None:
-        eos = () if model.config.eos_token_id is None else model.config.eos_token_id
-    eos = set(eos) if isinstance(eos, Iterable) else {eos}
-    if not prompts:
-        return []
-
-    # Lengths are padded to powers of two, so that prompts of all lengths share a few compiled programs.
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    places = bucket(lengths.max() + max_new_tokens)
-    model, seeds = cast(model, compute.dtype), np.array(seeds, np.uint32)  # once, not once a token
-
-    new, cache = first(model, tokens, lengths, seeds, how=how, places=places, compute=compute)
-    out, reasons = [[] for _ in prompts], [None] * len(prompts)
-    for n in range(max_new_tokens):
-        for row, token in enumerate(np.asarray(new).tolist()):
-            if reasons[row] is None:
-                if token < 0:
-                    raise DataError(f"the logits of prompt {row + 1} are not finite: the model's weights are damaged")
-                out[row].append(token)
-                reasons[row] = "stop" if token in eos else "length" if n + 1 == max_new_tokens else None
-        if all(reasons):
-            break
-        new, cache = following(model, new, lengths + n, cache, seeds, n + 1, how=how, compute=compute)
-    return [Completion(*row) for row in zip(out, reasons, strict=True)]
+    slots, (tokens, probabilities) = jax.lax.scan(one, slots, length=rounds)
+    return slots, tokens, probabilities
 
 
-def check(config: Model, prompts, max_new_tokens: int) -> list[list[int]]:
-    """The prompts as lists of ints, each id in the vocabulary, each fitting into the model's positions."""
-    whole = isinstance(max_new_tokens, int) and max_new_tokens >= 1
-    require(whole, f"max_new_tokens is {max_new_tokens!r}, expected a whole number, 1 or more")
-    V, S = config.vocab_size, config.max_position_embeddings
-    checked = []
-    for i, prompt in enumerate(prompts, start=1):
-        try:
-            ids = [operator.index(token) for token in prompt]
-        except TypeError:
-            raise UsageError(f"prompt {i} is {prompt!r:.60}, expected a list of token ids") from None
-        require(bool(ids), f"prompt {i} is empty; give at least one token, such as the model's bos_token_id")
-        for token in ids:
-            known = 0 <= token < V
-            require(known, f"prompt {i} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary")
-        require(
-            len(ids) + max_new_tokens <= S,
-            f"prompt {i} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that is beyond the model's "
-            f"max_position_embeddings = {S}; shorten one of them",
-        )
-        checked.append(ids)
-    return checked
+def one_round(model: Served, draft: Served | None, slots: Slots, drafts: int, how: Sampling, eos: tuple):
+    guess, mine = draft_tokens(draft, trunk, head, slots, drafts)  # Bk
+    tokens = jnp.concatenate([slots.token[:, None], guess], axis=1)
+    rows, positions = jnp.arange(len(tokens)), slots.position[:, None] + jnp.arange(1 + drafts)
+    x, cache = trunk(model, tokens, None, positions, slots.cache)
+    logits = head(model, x)
+    token, left, made, given, history = slots.token, slots.left, slots.made, slots.given, slots.history
+    alive, out = left > 0, []
+    for j in range(1 + drafts):
+        choice = sample(logits[:, j], slots.seed, made, how, eos, slots.prompt, given)
+        if how.counts:
+            given = given.at[rows, choice].add(alive)
+        if history is not None:  # a row that has ended writes beyond it: nothing
+            history = history.at[rows, jnp.where(alive, slots.position + 1 + j, history.shape[1])].set(choice)
+        found = None if how.logprobs is None else logprobs(logits[:, j], choice, how.logprobs)
+        out.append((jnp.where(alive, choice, NONE), found))
+        token, made = jnp.where(alive, choice, token), made + alive
+        left = jnp.where(alive, jnp.where(ends(choice, eos), 0, left - 1), left)
+        alive = alive & (left > 0) & (guess[:, j] == choice if j < drafts else False)
+    position = slots.position + made - slots.made
+    slots = Slots(cache, token, position, left, made, slots.seed, slots.prompt, given, history, mine)
+    return slots, jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *out)
 
 
-def bucket(length: int, smallest: int = 16) -> int:
-    """The next power of two."""
-    return max(smallest, 1 << int(length - 1).bit_length())
+def ends(token, eos: tuple):  # B -> B
+    """Whether a token is a row's last, whatever its limit."""
+    return jnp.isin(token, jnp.array((DAMAGED, *eos)))

@@ -18,6 +18,7 @@ from einops import rearrange
 from smoljax.config import Model
 from smoljax.errors import DataError, require
 from smoljax.model import SmolLM, abstract
+from smoljax.quantize import QTensor, quantized
 
 # ours: (Hugging Face's name with {} for the layer, axes there -> axes here). A torch Linear is [out, in]; q and k are
 # in half-split ("rotate_half") order there as here, so no row is permuted.
@@ -35,7 +36,9 @@ TABLE = {
     "norm": ("model.norm.weight", "D -> D"),
 }
 EMBED = TABLE["embed"][0]
+SCALE = "_scale"  # of an int8 tensor, behind its name
 DTYPES = ("float32", "bfloat16", "float16")
+PIECE = 1 << 20  # numbers that are quantised at a time
 
 
 def sizes(config: Model) -> dict[str, int]:
@@ -63,8 +66,30 @@ def shapes(config: Model) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name -> shape there, of every tensor, in the table's order."""
     found = {}
     for _, names, there, _, letters in rows(config):
-        groups = re.findall(r"\(.*?\)|\w", there)  # "(N H) D" -> [N * H, D]
-        found |= dict.fromkeys(names, tuple(math.prod(letters[x] for x in g if x.isalpha()) for g in groups))
+        shape = tuple(math.prod(letters[x] for x in g if x.isalpha()) for g in groups(there))
+        found |= dict.fromkeys(names, shape)
+    return found
+
+
+def groups(there: str) -> list[str]:
+    """(N H) D -> (N H), D: of a matrix the first are its outputs, the last what a product sums over."""
+    return re.findall(r"\(.*?\)|\w", there)
+
+
+def layout(config: Model, dtype: str, embedding: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of what a Hugging Face folder holds in `dtype`.
+
+    In int8 that is whole numbers for the layers' matrices, and for the embedding where asked for, each followed by its
+    scales, one for an output; the rest is bfloat16.
+    """
+    if dtype != "int8":
+        return {name: (dtype, shape) for name, shape in shapes(config).items()}
+    found = {}
+    for name, shape in shapes(config).items():
+        whole = embedding if name == EMBED else len(shape) > 1
+        found[name] = "int8" if whole else "bfloat16", shape
+        if whole:
+            found[name + SCALE] = "float32", shape[:1]
     return found
 
 
@@ -76,10 +101,13 @@ class Source:
     """
 
     config: Model
-    dtype: str  # the smallest of DTYPES that holds every tensor exactly
+    dtype: str  # the smallest of DTYPES that holds every tensor exactly; int8 where matrices are whole numbers
     get: Callable[[str], np.ndarray]  # by Hugging Face's name, in Hugging Face's layout, in the file's own precision
     name: str  # what was opened, for people
     files: dict[str, bytes] = field(default_factory=dict)  # tokenizer.json and the like: name -> content
+    # What an int8 source holds of a tensor by its name: whole numbers [out, in], scales [out]. Such a tensor's `get`
+    # gives their product in f32.
+    ints: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
 
     def tensor(self, name: str, dtype: str | None = None) -> np.ndarray:
         """One tensor, in `dtype` (rounded to nearest where that is narrower) or as the source holds it."""
@@ -95,6 +123,23 @@ class Source:
         if cast is not array and not finite(cast):
             raise DataError(f"{self.name}: tensor {name} holds numbers beyond {dtype}; convert to bfloat16 or float32")
         return cast
+
+    def int8(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A tensor's whole numbers [out, in] and f32 scales [out]: as they are held, or made of its numbers."""
+        if name in self.ints:
+            values, scale = self.ints[name]()
+            if not finite(scale) or (scale < 0).any():
+                raise DataError(
+                    f"{self.name}: tensor {name}{SCALE} holds a number that is no scale, NaN, infinite or negative; "
+                    "the weights are damaged"
+                )
+            return values, scale
+        array = self.tensor(name)
+        values, scale = np.empty(array.shape, np.int8), np.empty((len(array), 1), np.float32)
+        step = max(1, PIECE // array.shape[1])
+        for i in range(0, len(array), step):
+            values[i : i + step], scale[i : i + step] = quantized(array[i : i + step])
+        return values, scale[:, 0]
 
 
 def finite(array: np.ndarray) -> bool:
@@ -115,24 +160,46 @@ def widest(dtypes) -> str:
 
 
 def assemble(source: Source, dtype: str | None = None) -> SmolLM:
-    """The model, in `dtype` or the source's; at its peak the model and twice its largest array are in memory."""
+    """The model, in `dtype` or the source's; at its peak the model and twice its largest array are in memory.
+
+    From an int8 source, where no dtype is given, what it holds in int8 is a QTensor.
+    """
     require(dtype in (None, *DTYPES), f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    model, dtype = abstract(source.config), dtype or source.dtype
+    model, plain = abstract(source.config), dtype or ("bfloat16" if source.ints else source.dtype)
     for ours, names, there, here, letters in rows(source.config):
         *parents, leaf = ours.split(".")
         parent = functools.reduce(getattr, parents, model)
         param = getattr(parent, leaf)
-        array = np.empty(param.shape, dtype)
-        for layer, name in zip(array if parents else array[None], names, strict=True):
-            layer[...] = rearrange(source.tensor(name, dtype), f"{there} -> {here}", **letters)
-        setattr(parent, leaf, param.replace(jnp.asarray(array)))
+        gathered = functools.partial(gather, names, f"{there} -> {here}", stacked=bool(parents))
+        if dtype is None and names[0] in source.ints:
+            values = gathered(lambda name: source.int8(name)[0], letters, "int8")
+            ones = letters | dict.fromkeys(filter(str.isalpha, groups(there)[-1]), 1)
+            scale = gathered(lambda name: source.int8(name)[1][:, None], ones, "float32")
+            setattr(parent, leaf, QTensor(values, scale, param.dims))
+        else:
+            setattr(parent, leaf, param.replace(gathered(lambda name: source.tensor(name, plain), letters, plain)))
     return model
 
 
-def disassemble(config: Model, array: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """A Source's `get` from a model's arrays by our names ("layers.q"); the last array is kept, for its layers."""
+def gather(names: list[str], pattern: str, get: Callable, letters: dict[str, int], dtype: str, stacked: bool):
+    """One array of the model from Hugging Face's tensors, one at a time."""
+    for i, name in enumerate(names):
+        piece = rearrange(get(name), pattern, **letters)
+        if i == 0:
+            array = np.empty((len(names), *piece.shape), dtype)
+        array[i] = piece
+    return jnp.asarray(array if stacked else array[0])
+
+
+def disassemble(config: Model, array: Callable[[str], np.ndarray], scales: bool = False) -> Callable[[str], np.ndarray]:
+    """A Source's `get` from a model's arrays by our names ("layers.q"); the last array is kept, for its layers.
+
+    scales: the arrays are those of QTensors.
+    """
     where = {}
     for ours, names, there, here, letters in rows(config):
+        if scales:
+            letters |= dict.fromkeys(filter(str.isalpha, groups(there)[-1]), 1)
         for layer, name in enumerate(names):
             where[name] = ours, layer if "layers." in ours else ..., f"{here} -> {there}", letters
     array = functools.lru_cache(maxsize=1)(array)
@@ -146,9 +213,14 @@ def disassemble(config: Model, array: Callable[[str], np.ndarray]) -> Callable[[
 
 def of_model(model: SmolLM, config: Model, files: dict[str, bytes] | None = None, name: str = "the model") -> Source:
     """A model in memory as a Source."""
-
-    def array(ours):
-        return np.asarray(functools.reduce(getattr, ours.split("."), model)[...])
-
-    dtype = widest(str(functools.reduce(getattr, ours.split("."), model).dtype) for ours in TABLE)
-    return Source(config, dtype, disassemble(config, array), name, files or {})
+    params = {ours: functools.reduce(getattr, ours.split("."), model) for ours in TABLE}
+    get = disassemble(config, lambda ours: np.asarray(params[ours][...]))
+    whole = {ours for ours, param in params.items() if isinstance(param, QTensor)}
+    if not whole:
+        return Source(config, widest(str(p.dtype) for p in params.values()), get, name, files or {})
+    values = disassemble(config, lambda ours: np.asarray(params[ours].values))
+    scale = disassemble(config, lambda ours: np.asarray(params[ours].scale), scales=True)
+    ints = {
+        n: lambda n=n: (values(n), scale(n)[:, 0]) for ours, names, *_ in rows(config) if ours in whole for n in names
+    }
+    return Source(config, "int8", get, name, files or {}, ints)

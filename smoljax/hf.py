@@ -3,6 +3,7 @@
 hf_config.py is config.json, tensors.py a safetensors file, companions.py the small files, exchange.py the table.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from smoljax import tokenizer as tokenizers
 from smoljax.companions import inside
 from smoljax.config import Model
 from smoljax.errors import DataError, require
-from smoljax.exchange import EMBED, Source
-from smoljax.hf_config import from_config, read_json, to_config
+from smoljax.exchange import DTYPES, EMBED, SCALE, Source, layout
+from smoljax.hf_config import from_config, int8_config, read_json, to_config
 from smoljax.model import SmolLM
+from smoljax.quantize import dequantized
 
 HEAD = "lm_head.weight"  # absent where the head is tied; some writers store the copy all the same
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,22 +32,31 @@ def is_folder(folder: Path) -> bool:
 def open_source(folder: str | Path) -> Source:
     """A folder with its config.json read and all its headers checked; the numbers are read by Source.tensor."""
     folder = Path(folder)
-    found = read_json(inside(folder, "config.json"))
+    found, embedding = int8_config(read_json(inside(folder, "config.json")), str(folder / "config.json"))
     files = companions.read(folder)
     config = from_config(companions.generation_ids(found, files, folder), str(folder / "config.json"))
     opened = open_files(folder)
     where = {name: file for file in opened for name in file.entries}
-    dtype = check(folder, where, config)
+    dtype = check(folder, where, config, embedding)
+
+    def whole(name: str):
+        return where[name].get(name), where[name + SCALE].get(name + SCALE)
+
+    ints = {name: functools.partial(whole, name) for name in where if name + SCALE in where}
 
     def get(name: str) -> np.ndarray:
-        return where[name].get(name)
+        if name not in ints:
+            return where[name].get(name)
+        values, scale = source.int8(name)
+        return dequantized(values, scale[:, None])
 
+    source = Source(config, dtype, get, f"Hugging Face folder {folder}", files, ints)
     if HEAD in where and not equal(get(HEAD), get(EMBED)):
         raise DataError(
             f"{folder}: {HEAD} differs from {EMBED}, although config.json says tie_word_embeddings; "
             "smoljax has tied heads only"
         )
-    return Source(config, dtype, get, f"Hugging Face folder {folder}", files)
+    return source
 
 
 def open_files(folder: Path) -> list[tensors.File]:
@@ -80,10 +91,20 @@ def open_files(folder: Path) -> list[tensors.File]:
     return opened
 
 
-def check(folder: Path, where: dict[str, tensors.File], config: Model) -> str:
-    """All tensors are there, no other is, and each has its shape: the dtype that holds them all."""
-    expected = exchange.shapes(config)
-    if HEAD in where:
+def check(folder: Path, where: dict[str, tensors.File], config: Model, embedding: bool | None) -> str:
+    """All tensors are there, no other is, and each has its shape: the dtype that holds them all.
+
+    embedding: whether it is int8 too; None where config.json says that nothing is. Of int8, each dtype is given.
+    """
+    kind = None if embedding is None else "int8"
+    for name, file in where.items():
+        if kind is None and file.entries[name][0] == "I8":
+            raise DataError(
+                f"{file.path}: tensor {some([name])} is I8, but config.json has no quantization_config of smoljax's; "
+                f"expected one of {', '.join(tensors.NUMPY)}"
+            )
+    expected = layout(config, kind, bool(embedding))
+    if HEAD in where and not embedding:
         expected[HEAD] = expected[EMBED]
     missing, extra = sorted(set(expected) - set(where)), sorted(set(where) - set(expected))
     if missing or extra:
@@ -92,17 +113,17 @@ def check(folder: Path, where: dict[str, tensors.File], config: Model) -> str:
             f"not expected: {some(extra)}"
         )
     dtypes = set()
-    for name, shape in expected.items():
+    for name, (own, shape) in expected.items():
         file = where[name]
         code, found = file.entries[name]
         if found != shape:
             raise DataError(
                 f"{file.path}: tensor {name} has shape {list(found)}, but config.json gives it {list(shape)}"
             )
-        if code not in tensors.NUMPY:
-            raise DataError(f"{file.path}: tensor {name} is {code}; expected one of {', '.join(tensors.NUMPY)}")
-        dtypes.add(tensors.NUMPY[code].name)
-    return exchange.widest(dtypes)
+        if code not in (known := tensors.NUMPY if kind is None else [tensors.CODES[own]]):
+            raise DataError(f"{file.path}: tensor {name} is {code}; expected one of {', '.join(known)}")
+        dtypes.add(tensors.STORED[code].name)
+    return kind or exchange.widest(dtypes)
 
 
 def some(names: list[str]) -> str:
@@ -120,7 +141,7 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[SmolLM, Model]:
     """A model and its config from a folder.
 
     Args:
-      dtype: of the arrays, one of exchange.DTYPES; the files' own when None.
+      dtype: of the arrays, one of exchange.DTYPES; the files' own when None, and then int8 is QTensors.
 
     Raises DataError.
     """
@@ -134,7 +155,7 @@ def save(
     """Write a folder that transformers, and `load`, read: weights, config and, if given, the tokenizer's files.
 
     Args:
-      dtype: of the file, one of exchange.DTYPES; the model's own when None.
+      dtype: of the file, one of exchange.DTYPES or int8; the model's own when None.
       tokenizer: a tokenizer.json or a folder that holds one.
     """
     files = {} if tokenizer is None else companions.read(tokenizers.find(tokenizer).parent)
@@ -142,37 +163,56 @@ def save(
         write(part, exchange.of_model(model, config, files), dtype)
 
 
-def write(folder: Path, source: Source, dtype: str | None = None, max_file_size: int | None = None):
+def write(
+    folder: Path,
+    source: Source,
+    dtype: str | None = None,
+    max_file_size: int | None = None,
+    embedding: bool = False,
+):
     """Into a folder that exists. Tensors come from the source one at a time, so one is in memory.
 
     Args:
       max_file_size: bytes; weights beyond it are split over several files with an index. None: one file.
+      embedding: int8: whether the embedding is int8, too; where the source's is, it stays so.
     """
     dtype, config = dtype or source.dtype, source.config
-    require(dtype in exchange.DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(exchange.DTYPES)}")
-    atomic.write_json(folder / "config.json", to_config(config, dtype))
-    for name, content in companions.of_folder(config, source.files).items():
+    known = (*DTYPES, "int8")
+    require(dtype in known, f"dtype is {dtype!r}, expected one of {', '.join(known)}")
+    embedding |= EMBED in source.ints
+    atomic.write_json(folder / "config.json", to_config(config, dtype, embedding))
+    for name, content in companions.of_folder(config, source.files, dtype).items():
         (folder / name).write_bytes(content)
-    width = tensors.NUMPY[tensors.CODES[dtype]].itemsize
-    parts = split(exchange.shapes(config), width, max_file_size)
+    entries = layout(config, dtype, embedding)
+    sizes = {
+        name: math.prod(shape) * tensors.STORED[tensors.CODES[own]].itemsize for name, (own, shape) in entries.items()
+    }
+    int8 = functools.lru_cache(maxsize=1)(source.int8)  # whose numbers are asked for first, whose scales next
+
+    def get(name: str) -> np.ndarray:
+        if name.endswith(SCALE):
+            return int8(name.removesuffix(SCALE))[1]
+        return int8(name)[0] if entries[name][0] == "int8" else source.tensor(name, entries[name][0])
+
+    parts = split(sizes, max_file_size)
     names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
     names = [SINGLE] if len(parts) == 1 else names
-    for name, shapes in zip(names, parts, strict=True):
-        tensors.write(folder / name, shapes, dtype, lambda tensor: source.tensor(tensor, dtype))
+    for file, part in zip(names, parts, strict=True):
+        dtypes, shapes = ({name: entries[name][i] for name in part} for i in (0, 1))
+        tensors.write(folder / file, shapes, dtypes, get)
     if len(parts) > 1:
-        size = sum(math.prod(s) for part in parts for s in part.values()) * width
-        weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-        atomic.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        weight_map = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+        total = {"total_size": sum(sizes.values())}
+        atomic.write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def split(shapes: dict[str, tuple[int, ...]], width: int, limit: int | None) -> list[dict[str, tuple[int, ...]]]:
+def split(sizes: dict[str, int], limit: int | None) -> list[list[str]]:
     """In order, a new file where the next tensor would not fit; a tensor larger than the limit has its own."""
-    parts, size = [{}], 0
-    for name, shape in shapes.items():
-        own = math.prod(shape) * width
+    parts, size = [[]], 0
+    for name, own in sizes.items():
         if limit is not None and parts[-1] and size + own > limit:
-            parts.append({})
+            parts.append([])
             size = 0
-        parts[-1][name] = shape
+        parts[-1].append(name)
         size += own
     return parts

@@ -24,6 +24,9 @@ HARMLESS = {"dtype", "torch_dtype", "transformers_version", "use_cache", "pretra
 HARMLESS |= {"_name_or_path", "transformers.js_config", "rope_theta", "rope_parameters", "rope_scaling"}
 HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type"}
 HARMLESS |= {"id2label", "label2id", "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed"}
+# quantization_config of our own int8, with "embedding" beside it. It has no "quant_method": transformers 5 passes over
+# one that it does not know with a warning and takes the whole numbers for weights; where there is none it refuses.
+INT8 = {"format": "smoljax-int8", "bits": 8, "symmetric": True, "scale": "float32, one for each output"}
 
 
 def read_json(file: Path, limit: int = 1 << 20) -> dict:
@@ -65,6 +68,19 @@ def from_config(found: dict, name: str = "config.json") -> Model:
         return checked(found)
     except Error as e:
         raise DataError(f"{name}: {e}") from None
+
+
+def int8_config(found: dict, name: str = "config.json") -> tuple[dict, bool | None]:
+    """(A config.json's other keys, whether the embedding is int8, too), or (all its keys, None): no int8 of ours."""
+    said = found.get("quantization_config")
+    if not isinstance(said, dict) or said.get("format") != INT8["format"]:
+        return found, None
+    known = [INT8 | {"embedding": embedding} for embedding in (False, True)]
+    if json.dumps(said, sort_keys=True) not in [json.dumps(one, sort_keys=True) for one in known]:
+        raise DataError(
+            f"{name}: quantization_config is {json.dumps(said)}; smoljax knows {json.dumps(known[0])} alone"
+        )
+    return {k: v for k, v in found.items() if k != "quantization_config"}, said["embedding"]
 
 
 def checked(found: dict) -> Model:
@@ -118,9 +134,15 @@ def rope_theta(found: dict) -> float:
     return next(iter(thetas.values()))
 
 
-def to_config(config: Model, dtype: str) -> dict:
-    """What transformers 4 and 5 both read: 4 wants rope_theta and torch_dtype, 5 rope_parameters and dtype."""
+def to_config(config: Model, dtype: str, embedding: bool = False) -> dict:
+    """What transformers 4 and 5 both read: 4 wants rope_theta and torch_dtype, 5 rope_parameters and dtype.
+
+    embedding: whether it is int8 too, where dtype is; what stays is bfloat16 then.
+    """
+    quantization = {}
+    if dtype == "int8":
+        dtype, quantization = "bfloat16", {"quantization_config": INT8 | {"embedding": embedding}}
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
     neutral = {key: NEUTRAL[key] for key in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")}
     other = {"rope_parameters": rope, "rope_scaling": None, "dtype": dtype, "torch_dtype": dtype, "use_cache": True}
-    return REQUIRED | dataclasses.asdict(config) | neutral | other
+    return REQUIRED | dataclasses.asdict(config) | neutral | other | quantization

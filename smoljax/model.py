@@ -15,9 +15,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from smoljax import rope
-from smoljax.attention import attend, attend_cached, choose
+from smoljax.attention import attend, choose
 from smoljax.config import REMAT, Compute, Model
 from smoljax.product import product
+from smoljax.quantize import QTensor
 from smoljax.sharding import constrain, is_variable
 
 
@@ -59,22 +60,18 @@ class Block(nnx.Module):
         self.up = weight("DF", sizes, rngs, std)
         self.down = weight("FD", sizes, rngs, out)
 
-    def __call__(self, x, angles, starts, positions, cache, backend):  # BTD -> BTD
+    def __call__(self, x, angles, attention):  # BTD -> BTD, and what the attention keeps
         y = rms_norm(x, self.attn_norm, self.eps)
         q = rope.rotate(product("BTD,DNH->BTNH", y, self.q), angles)
         k = rope.rotate(product("BTD,DKH->BTKH", y, self.k), angles)
         v = product("BTD,DKH->BTKH", y, self.v)
-        if cache is not None:
-            cache = cache.write(k, v, positions)
-            y = attend_cached(q, cache.k, cache.v, positions)
-        else:
-            y = attend(*(checkpoint_name(a, "qkv") for a in (q, k, v)), starts, backend)
+        y, kept = attention(*(checkpoint_name(a, "qkv") for a in (q, k, v)))
         x = constrain(x + checkpoint_name(product("BTNH,NHD->BTD", y, self.o), "attn_out"), "BTD")
 
         y = rms_norm(x, self.mlp_norm, self.eps)
         gate = checkpoint_name(product("BTD,DF->BTF", y, self.gate), "gate_up")
         up = checkpoint_name(product("BTD,DF->BTF", y, self.up), "gate_up")
-        return constrain(x + product("BTF,FD->BTD", silu(gate) * up, self.down), "BTD"), cache
+        return constrain(x + product("BTF,FD->BTD", silu(gate) * up, self.down), "BTD"), kept
 
 
 class SmolLM(nnx.Module):
@@ -89,42 +86,35 @@ class SmolLM(nnx.Module):
         self.norm = ones("D", sizes)
 
     def __call__(self, tokens, segments=None, compute: Compute = Compute()):  # BT -> BTV
-        return self.logits(self.trunk(tokens, segments, compute=compute)[0])
+        return self.logits(self.trunk(tokens, segments, compute))
 
-    def trunk(self, tokens, segments=None, positions=None, cache=None, compute: Compute = Compute()):  # BT -> BTD
-        """All but the head: the last norm's output, and the cache with these tokens written into it.
+    def trunk(self, tokens, segments=None, compute: Compute = Compute()):  # BT -> BTD
+        """All but the head: the last norm's output.
 
-        Args:
-          segments: BT document numbers 1, 2, ... within each row: a document sees itself alone, and its positions
-            start at 0. None: plain causal attention over the row, SmolLM's own recipe.
-          positions, cache: BT places of the tokens in the cache (decode.Cache), where they are written and read.
+        segments: BT document numbers 1, 2, ... within each row: a document sees itself alone, and its positions start
+        at 0. None: plain causal attention over the row, SmolLM's own recipe.
         """
         c, dtype = self.config, jnp.dtype(compute.dtype)
         starts = None if segments is None else document_starts(segments)
-        backend = choose(compute, tokens.shape[1], starts is not None)[0] if cache is None else None
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1])[None] - (0 if starts is None else starts)
+        backend, _ = choose(compute, tokens.shape[1], starts is not None)
+        positions = jnp.arange(tokens.shape[1])[None] - (0 if starts is None else starts)
         angles = rope.angles(positions, c.head_dim, c.rope_theta)
         # The embedding is read in its own precision: the gradient's scatter-add over a batch must not round to bf16.
-        embed = constrain(self.embed[...], "VD")
-        x = embed.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        x = constrain(x.astype(dtype), "BTD")
+        x = constrain(look_up(constrain(self.embed[...], "VD"), tokens).astype(dtype), "BTD")
 
-        def layer(x, block_and_cache):
-            block, cache = block_and_cache
-            return block(x, angles, starts, positions, cache, backend)
+        def layer(x, block):
+            return block(x, angles, lambda q, k, v: (attend(q, k, v, starts, backend), None))
 
         if compute.remat in REMAT:
             policy = jax.checkpoint_policies.save_only_these_names(*REMAT[compute.remat])
             # Forward and backward are two loops, between which XLA merges nothing, unless fully unrolled.
             layer = jax.checkpoint(layer, prevent_cse=compute.unroll >= c.num_hidden_layers, policy=policy)
-        layers = cast(self.layers, dtype)
-        x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=min(compute.unroll, c.num_hidden_layers))
-        return rms_norm(x, self.norm, c.rms_norm_eps), cache
+        x, _ = jax.lax.scan(layer, x, cast(self.layers, dtype), unroll=min(compute.unroll, c.num_hidden_layers))
+        return rms_norm(x, self.norm, c.rms_norm_eps)
 
     def logits(self, x):  # BTD -> BTV
         """The tied head, in x's dtype with f32 sums."""
-        embed = constrain(self.embed.astype(x.dtype), "VD")
+        embed = constrain(self.embed[...].astype(x.dtype), "VD")
         return constrain(jnp.einsum("BTD,VD->BTV", x, embed, preferred_element_type=jnp.float32), "BTV")
 
 
@@ -132,9 +122,13 @@ def cast(tree, dtype):
     """The matrices in the dtype that they are multiplied in; norms' scales stay f32, as rms_norm multiplies them."""
 
     def one(w):
-        return w.replace(w[...].astype(dtype)) if len(w.dims) > 1 else w
+        return w.replace(w[...].astype(dtype)) if is_variable(w) and len(w.dims) > 1 else w
 
-    return jax.tree.map(one, tree, is_leaf=is_variable)
+    return jax.tree.map(one, tree, is_leaf=lambda w: is_variable(w) or isinstance(w, QTensor))
+
+
+def look_up(embed, tokens):  # VD BT -> BTD
+    return embed.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def abstract(config: Model) -> SmolLM:

@@ -5,6 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from smoljax.layout import Laid, Part
+from smoljax.quantize import QTensor
+
 
 def product(form: str, x, weight):
     """jnp.einsum(form, x, weight), where every letter of x and weight is either summed or in the result.
@@ -13,6 +16,8 @@ def product(form: str, x, weight):
     element, together with whatever computes it. So the narrower one goes first: of gate and up that is x, of down the
     gradient. As autodiff has it, the 135M's step at 2 x 512 tokens takes 12.1 CPU seconds on 2 Xeon cores, so 9.1.
     """
+    if isinstance(weight, QTensor | Laid | Part):
+        return weight.times(form, x)
     return _product(form, x, weight[...])
 
 

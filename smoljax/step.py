@@ -45,7 +45,7 @@ def compiled_step(config: Train, places: TrainState):
 
 def losses(model: SmolLM, batch: dict, compute: Compute):
     """Nats of each label of the batch, BT; 0 where it is ignored. Forward only."""
-    x = model.trunk(batch["tokens"], batch.get("segments"), compute=compute)[0]
+    x = model.trunk(batch["tokens"], batch.get("segments"), compute=compute)
     return nats(x, model.embed[...], batch["labels"], compute.loss_chunk)
 
 
@@ -87,7 +87,7 @@ def gradient(model: SmolLM, batch: dict, config: Train):
     narrow.layers = cast(model.layers, compute.dtype)
 
     def minimised(model, batch):
-        x = model.trunk(batch["tokens"], batch.get("segments"), compute=compute)[0]
+        x = model.trunk(batch["tokens"], batch.get("segments"), compute=compute)
         return cross_entropy(x, model.embed[...], batch["labels"], count, compute.loss_chunk, config.z_loss)
 
     def one(micro):

@@ -24,31 +24,54 @@ from smoljax.errors import Error, require
 from smoljax.settings import meant
 
 
-def run(config: Train, asked: str, out: str | None):
-    """Every row as it is measured to stderr and into the JSON file, the tables to stdout at the end."""
-    parts = list(PARTS) if asked == "all" else asked.split(",")
-    for part in parts:
-        require(part in PARTS, f"--suite {part}{meant(part, PARTS)}; expected some of {', '.join(PARTS)}, or all")
+def run(config, asked: str, out: str | None, verb="bench-train", parts=None, columns=None, peaks=None, compared=None):
+    """Every row as it is measured to stderr and into the JSON file, the tables to stdout at the end.
+
+    Args:
+      config: what the parts take.
+      parts, columns: those below, or another verb's (decode_suite.py).
+      peaks: the device's own figures, by name and kind; `compared` adds to a row what it is worth beside them.
+    """
+    every, columns, peaks, compared = parts or PARTS, columns or COLUMNS, peaks or products, compared or beside_products
+    parts = chosen(asked, every)
     result = measure.surroundings()
     words = "".join(c if c.isalnum() else " " for c in result["device"].partition("(")[0]).lower().split()
-    file = Path(out or f"bench-train-{'-'.join(words)}.json")
-    result |= {"product_tflops": {dtype: measure.product_peak(dtype) / 1e12 for dtype in ("float32", "bfloat16")}}
+    file = Path(out or f"{verb}-{'-'.join(words)}.json")
+    best = peaks()
+    result |= best
     for part in parts:
         result[part] = []
-        for label, row in PARTS[part](config):
+        for label, row in every[part](config):
             begun = time.perf_counter()
             try:
                 found = row()
             except Exception as e:  # a row that does not fit, or fails, is said so and must not cost the others
                 found = {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e) else ''}"}
-            if "tflops_causal" in found:
-                peak = result["product_tflops"][found["config"]["compute"]["dtype"]]
-                found["of_product_peak"] = found["tflops_causal"] / peak / (1 if on_cpu() else found["devices"])
+            compared(found, result)
             result[part].append({"what": label} | found)
-            print(f"{part:9s} {label:42s} {line(found)}  ({time.perf_counter() - begun:.0f} s)", file=sys.stderr)
+            took = time.perf_counter() - begun
+            print(f"{part:9s} {label:42s} {line(found, columns)}  ({took:.0f} s)", file=sys.stderr)
             file.write_text(json.dumps(result, indent=1) + "\n")
-    print(page(result))
+    print(page(result, parts, best, columns))
     print(f"{file} written", file=sys.stderr)
+
+
+def chosen(asked: str, every) -> list[str]:
+    parts = list(every) if asked == "all" else asked.split(",")
+    for part in parts:
+        require(part in every, f"--suite {part}{meant(part, every)}; expected some of {', '.join(every)}, or all")
+    return parts
+
+
+def products() -> dict:
+    return {"product_tflops": {dtype: measure.product_peak(dtype) / 1e12 for dtype in ("float32", "bfloat16")}}
+
+
+def beside_products(found: dict, result: dict):
+    """A row's share of the best product."""
+    if "tflops_causal" in found:
+        peak = result["product_tflops"][found["config"]["compute"]["dtype"]]
+        found["of_product_peak"] = found["tflops_causal"] / peak / (1 if on_cpu() else found["devices"])
 
 
 def measured(config: Train, *changes: str):
@@ -116,7 +139,7 @@ def attention_row(config: Train, T: int, document: int | None):
         starts = None if document is None else places // document * document
         forms = {n: lambda q, k, v, n=n: attend(q, k, v, starts, n) for n in dict.fromkeys((name, "blocked"))}
         if document is None and B * T**2 <= 2**23:
-            forms["all scores"] = lambda q, k, v: attend_cached(q, k, v, places)
+            forms["all scores"] = lambda q, k, v: all_scores(q, k, v, places)
         found = {n: both_passes(form, args) for n, form in forms.items()}
         reference = list(forms)[-1]
         apart = max(
@@ -131,6 +154,12 @@ def attention_row(config: Train, T: int, document: int | None):
         return row | ({"difference": apart, "from": reference} if reference != name else {})
 
     return row
+
+
+def all_scores(q, k, v, places):  # BTNH BTKH BTKH BT -> BTNH
+    """As decoding attends, to a cache of all keys."""
+    T, H = k.shape[1::2]
+    return attend_cached(q, k.transpose(0, 2, 3, 1).reshape(-1, H, T), v.swapaxes(1, 2).reshape(-1, T, H), places)
 
 
 def both_passes(form, args):
@@ -257,16 +286,17 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def page(result: dict) -> str:
+def page(result: dict, parts, best: dict, columns: dict) -> str:
     """One Markdown table a part; a column for each figure that its rows have."""
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-    peaks = ", ".join(f"{v:.3g} TFLOP/s in {k}" for k, v in result["product_tflops"].items())
-    out = [f"{result['device']}, {result['host']}; {versions}; commit {result['commit']}", f"best product: {peaks}"]
-    for part in PARTS:
-        if rows := result.get(part):
-            names = [n for n in COLUMNS if any(row.get(n) is not None for row in rows)]
-            out += ["", f"| {part} | {' | '.join(COLUMNS[n] for n in names)} |", "|---" * (len(names) + 1) + "|"]
-            out += [f"| {row['what']} | {' | '.join(cell(row.get(n)) for n in names)} |" for row in rows]
+    out = [f"{result['device']}, {result['host']}; {versions}; commit {result['commit']}"]
+    for name, each in best.items():
+        out.append(f"{name.replace('_', ' ')}, best: {', '.join(f'{v:.3g} in {k}' for k, v in each.items())}")
+    for part in parts:
+        rows = result[part]
+        names = [n for n in columns if any(row.get(n) is not None for row in rows)]
+        out += ["", f"| {part} | {' | '.join(columns[n] for n in names)} |", "|---" * (len(names) + 1) + "|"]
+        out += [f"| {row['what']} | {' | '.join(cell(row.get(n)) for n in names)} |" for row in rows]
     return "\n".join(out)
 
 
@@ -298,8 +328,8 @@ def cell(value) -> str:
     return "" if value is None else shown(value)
 
 
-def line(found: dict) -> str:
-    return "  ".join(f"{COLUMNS[n]} {shown(found[n])}" for n in COLUMNS if found.get(n) is not None)
+def line(found: dict, columns: dict) -> str:
+    return "  ".join(f"{columns[n]} {shown(found[n])}" for n in columns if found.get(n) is not None)
 
 
 def shown(value) -> str:

@@ -18,7 +18,8 @@ from smoljax.errors import DataError
 from smoljax.hf_config import parse_json
 
 NUMPY = {"F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("float16")}
-CODES = {dtype.name: code for code, dtype in NUMPY.items()}
+STORED = NUMPY | {"I8": np.dtype("int8")}  # a model's numbers, and what smoljax's own int8 adds
+CODES = {dtype.name: code for code, dtype in STORED.items()}
 # The 1.7B model's header is 25 kB, 4 MB are 3,000 layers. The library would take 100 MB, and a gigabyte to read them.
 MAX_HEADER = 4 << 20
 
@@ -37,11 +38,11 @@ class File:
     def get(self, name: str) -> np.ndarray:
         """One tensor, mapped: read-only, and on disk until it is used."""
         code, shape = self.entries[name]
-        if code not in NUMPY:
-            raise DataError(f"{self.path}: tensor {name} is {code}; expected one of {', '.join(NUMPY)}")
+        if code not in STORED:
+            raise DataError(f"{self.path}: tensor {name} is {code}; expected one of {', '.join(STORED)}")
         if 0 in shape:
             raise DataError(f"{self.path}: tensor {name} has shape {list(shape)}, which holds nothing")
-        return np.asarray(np.memmap(self.path, NUMPY[code], "r", self.start + self.offsets[name], shape))
+        return np.asarray(np.memmap(self.path, STORED[code], "r", self.start + self.offsets[name], shape))
 
 
 def open_file(path: Path) -> File:
@@ -65,12 +66,18 @@ def open_file(path: Path) -> File:
     return File(path, start, path.stat().st_size - start, metadata, entries, offsets)
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, get: Callable[[str], np.ndarray]):
-    """One file of these tensors in this order. By hand, since the library wants all of them in memory at once."""
+def write(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str | dict[str, str], get: Callable[[str], np.ndarray]
+):
+    """One file of these tensors in this order. By hand, since the library wants all of them in memory at once.
+
+    dtype: of all, or of each by its name.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        end = offset + math.prod(shape) * NUMPY[CODES[dtype]].itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        code = CODES[dtype if isinstance(dtype, str) else dtype[name]]
+        end = offset + math.prod(shape) * STORED[code].itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned

@@ -15,6 +15,7 @@ from smoljax.config import Model
 from smoljax.errors import DataError
 from smoljax.exchange import Source
 from smoljax.model import SmolLM
+from smoljax.quantize import TINY, dequantized
 
 TEXT = """<|im_start|>user
 What is the capital of France, and since when?<|im_end|>
@@ -30,6 +31,7 @@ caf\u00e9 \u2013 \u6771\u4eac \U0001f916 \u00bd
 # amax / 127; Q4_0's steps of amax / 8 reach from -8 to 7, so that +amax itself is a whole step off. A step is stored
 # in f16, 11 bits of it, which moves the ends of Q8_0's range by another 127 / 2048 of a step.
 STEPS = {"q8_0": (127, 0.5 + 127 / 2048), "q4_0": (8, 1 + 8 / 2048)}
+HALF = 0.5 + 127 / 2**22  # of int8's step, which is a row's own, in f32
 TRANSFORMERS = (
     1e-3  # largest difference of logits, both in f32; 1.1e-4 on the real 135M, units where the rotary layout is wrong
 )
@@ -39,6 +41,8 @@ def compare(source: Source, folder: Path, dtype: str) -> dict:
     """Read `folder` back and compare it with `source`; DataError where they differ by more than `dtype` does."""
     with weights.open_source(folder) as written:
         report = {"tensors": tensors(source, written, dtype)}
+        if written.ints:
+            report["bytes"] = sizes(written)
         ids = fixed_ids(source)
         ours = logits(written, ids)
         before = logits(source, ids)
@@ -46,7 +50,10 @@ def compare(source: Source, folder: Path, dtype: str) -> dict:
         report["loss"] = {"source": loss(before, ids), "written": loss(ours, ids)}
         check_config(source.config, written)
         report["tokenizer"] = check_words(source, written)
-    report["transformers"] = with_transformers(folder, source.config, ids, ours)
+    if written.ints:
+        report["transformers"] = "not compared, it does not read this format"
+    else:
+        report["transformers"] = with_transformers(folder, source.config, ids, ours)
     return report
 
 
@@ -81,14 +88,16 @@ def tensors(source: Source, written: Source, dtype: str) -> dict:
     exact, largest = 0, (0.0, None)
     for name in exchange.shapes(source.config):
         theirs = written.tensor(name)
-        mine = source.tensor(name, dtype if dtype in exchange.DTYPES else "float32")
         kind = "q8_0" if name == exchange.EMBED and dtype in STEPS else dtype
+        if dtype == "int8":
+            kind = "int8" if name in written.ints else "bfloat16"
+        mine = source.tensor(name, kind if kind in exchange.DTYPES else "float32")
         if kind in STEPS and mine.ndim > 1 and mine.shape[1] % 32:  # no whole blocks: gguf.write falls back to f16
             mine = source.tensor(name, "float16")
         if same(mine, theirs):
             exact += 1
             continue
-        if kind in STEPS and mine.ndim > 1 and not same(gguf.rounded(mine, kind), theirs):
+        if kind not in exchange.DTYPES and mine.ndim > 1 and not same(quantised(source, name, mine, kind), theirs):
             raise DataError(f"{written.name}: tensor {name} is not that of {source.name}, quantised; it was removed")
         off = float(np.abs(mine.astype(np.float32) - theirs.astype(np.float32)).max())
         if off > largest[0]:
@@ -101,6 +110,24 @@ def tensors(source: Source, written: Source, dtype: str) -> dict:
     return {"count": len(exchange.shapes(source.config)), "exact": exact, "largest_difference": largest[0]}
 
 
+def quantised(source: Source, name: str, mine: np.ndarray, kind: str) -> np.ndarray:
+    """What is to be read back of a tensor that is quantised."""
+    if kind == "int8":
+        values, scale = source.int8(name)
+        return dequantized(values, scale[:, None])
+    return gguf.rounded(mine, kind)
+
+
+def sizes(written: Source) -> dict[str, int]:
+    """Bytes of an int8 model's weights and scales, as they were read."""
+    found = {"weights": 0, "scales": 0}
+    for name in exchange.shapes(written.config):
+        values, scale = written.int8(name) if name in written.ints else (written.get(name), None)
+        found["weights"] += values.nbytes
+        found["scales"] += 0 if scale is None else scale.nbytes
+    return found | {"total": sum(found.values())}
+
+
 def same(mine: np.ndarray, theirs: np.ndarray) -> bool:
     """The same numbers, bit for bit; norms, which GGUF keeps in f32, are compared in that."""
     rows = zip(np.atleast_2d(mine), np.atleast_2d(theirs), strict=True)
@@ -108,7 +135,10 @@ def same(mine: np.ndarray, theirs: np.ndarray) -> bool:
 
 
 def within_a_step(mine: np.ndarray, theirs: np.ndarray, kind: str) -> bool:
-    """Whether each block of 32 is as near as its quantisation allows."""
+    """Whether each block of 32, in int8 each row, is as near as its quantisation allows."""
+    if kind == "int8":
+        steps = np.abs(mine).max(axis=1) / 127 + 254 * TINY  # rows of such numbers are 0
+        return all((np.abs(a - b) <= HALF * step).all() for a, b, step in zip(mine, theirs, steps, strict=True))
     if kind not in STEPS or mine.ndim == 1 or mine.shape[1] % 32:
         return False
     steps, part = STEPS[kind]

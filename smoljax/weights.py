@@ -25,7 +25,7 @@ class Weights:
     model: SmolLM
     config: Model
     files: dict[str, bytes]  # tokenizer.json and the like, where they lie beside the weights
-    dtype: str  # of the arrays
+    dtype: str  # of the arrays; int8 where the matrices are QTensors
     source: str  # what was read, for people
 
     @functools.cached_property
@@ -62,7 +62,7 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
     """The weights of MODEL, all of them in memory.
 
     Args:
-      dtype: of the arrays, one of exchange.DTYPES; as stored when None.
+      dtype: of the arrays, one of exchange.DTYPES; as stored when None, and then int8 is QTensors.
 
     Raises UsageError where there is nothing at `path`, DataError or CheckpointError where it cannot be read.
     """
@@ -73,7 +73,7 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
         return Weights(model, config, companions.read(run[0]), str(model.embed.dtype), f"step {step} of {run[0]}")
     with open_source(path) as source:
         model = exchange.assemble(source, dtype)
-        return Weights(model, source.config, source.files, str(model.embed.dtype), source.name)
+        return Weights(model, source.config, source.files, dtype or source.dtype, source.name)
 
 
 @contextlib.contextmanager

@@ -201,7 +201,7 @@ MEMORY = """
 import json, sys
 from infer import convert
 from smoljax import weights
-convert.main([sys.argv[1], sys.argv[2], "--to", sys.argv[3], "--json"])
+convert.main([sys.argv[1], sys.argv[2], "--to", *sys.argv[3:], "--json"])
 """
 
 
@@ -217,6 +217,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     write_zeros(tmp_path / "big", Model(512, 8192, 14, 8, 8, 64, vocab_size=49152))
     base = peak(tmp_path / "tiny", tmp_path / "tiny-hf", "hf")
     assert peak(tmp_path / "big", tmp_path / "big-hf", "hf") < base + 100
+    assert peak(tmp_path / "big", tmp_path / "big-8", "hf", "--dtype", "int8", "--int8-embedding") < base + 120
+    assert peak(tmp_path / "big-8", tmp_path / "big-8-again", "hf") < base + 100
 
 
 def write_zeros(folder, config):

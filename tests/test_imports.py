@@ -12,7 +12,8 @@ REPO = Path(__file__).resolve().parents[1]
 # A library module imports from its own line and the lines above. One that is not named here stands on a last line.
 LINES = [
     {"errors"},
-    {"config"},
+    {"config", "quantize", "sampling", "speculate"},
+    {"layout"},
     {"settings", "nanotron_config", "nanotron_yaml", "atomic", "sharding", "rope", "product", "shards", "text"},
     {"blocked_attention", "cudnn_attention", "splash_attention", "attention"},
     {"hf_config", "template", "guard", "processes", "sums"},
@@ -35,20 +36,20 @@ THIRD_PARTY = {
     "huggingface_hub": {"smoljax.hub"},
     "orbax": {"smoljax.checkpoint"},
     "grain": {"smoljax.data"},
-    "tokenizers": {"smoljax.tokenizer", "smoljax.weights"},
+    "tokenizers": {"smoljax.tokenizer", "smoljax.weights", "smoljax.streaming"},
     "ml_dtypes": {"smoljax.tensors"},
     "ray": {"smoljax.executors"},
     "yaml": {"smoljax.nanotron_yaml"},
     "tensorboardX": {"smoljax.sinks"},
     "wandb": {"smoljax.sinks"},
     "trackio": {"smoljax.sinks"},
-    "rich": {"smoljax.metrics", "smoljax.encode"},
+    "rich": {"smoljax.metrics", "smoljax.encode", "smoljax.progress"},
     "matplotlib": {"smoljax.curves"},
     "datatrove": {"smoljax.encode", "smoljax.executors"},
-    "pyarrow": {"smoljax.text"},
+    "pyarrow": {"smoljax.text", "smoljax.jobs"},
     "orjson": {"smoljax.text"},
-    "torch": {"smoljax.verify", "smoljax.train.bench_peer", "smoljax.infer.bench"},
-    "transformers": {"smoljax.verify", "smoljax.train.bench_peer", "smoljax.infer.bench"},
+    "torch": {"smoljax.verify", "smoljax.train.bench_peer", "smoljax.infer.bench_peer"},
+    "transformers": {"smoljax.verify", "smoljax.train.bench_peer", "smoljax.infer.bench_peer"},
 }
 
 

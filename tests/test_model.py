@@ -52,7 +52,7 @@ def influence(model, row, segments=None):
     """[t, s]: how much the last norm's output at t moves with the embedding read at s; the row's tokens differ."""
 
     def outputs(model):
-        x = model.trunk(row[None], segments)[0][0]
+        x = model.trunk(row[None], segments)[0]
         return jnp.sum(x * jnp.sin(jnp.arange(x.shape[-1])), axis=-1)
 
     jacobian = jax.jit(jax.jacrev(outputs))(model).embed[...]

@@ -380,7 +380,7 @@ def test_accumulation_sums_in_f32_when_compute_is_bf16():
     @jax.jit
     def gradient(row):
         def minimised(model):
-            x = model.trunk(row["tokens"], compute=Compute(dtype="bfloat16"))[0]
+            x = model.trunk(row["tokens"], compute=Compute(dtype="bfloat16"))
             return cross_entropy(x, model.embed[...], row["labels"], count, Compute().loss_chunk)[0]
 
         return jax.grad(minimised)(model)

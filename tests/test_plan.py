@@ -97,6 +97,17 @@ def test_disk_on_paper():
     assert budget.disk_bytes(replace(config, steps=9, keep=1)) == 2 * one + 9 * 800  # 8, while the last is written
 
 
+def test_inference_bytes_by_hand():
+    """A tiny model, and the published ones as their model cards have them (135M in int8 with its scales beside it)."""
+    plain, matrices = 64 * 48 + 5 * 48, 2 * (4 * 12 * 48 * 2 + 2 * 12 * 48 * 2 + 3 * 48 * 96)
+    outputs = 2 * (4 * 12 + 2 * 2 * 12 + 48 + 96 + 96 + 48)
+    int8 = {"weights": 2 * plain + matrices, "scales": 4 * outputs, "total": 2 * plain + matrices + 4 * outputs}
+    assert budget.inference_bytes(MODEL) == {"bfloat16": 2 * (plain + matrices), "int8": int8}
+    for size, mb in {"135m": (269.03, 162.86), "360m": (723.64, 409.07), "1.7b": (3422.75, 1812.14)}.items():
+        found = budget.inference_bytes(SIZES[f"smollm2-{size}"])
+        assert (found["bfloat16"] / 1e6, found["int8"]["weights"] / 1e6) == pytest.approx(mb, abs=0.005)
+
+
 # ---- a device's memory
 
 
@@ -161,7 +172,7 @@ def kept(model: Model, compute: Compute, T: int, rows: int) -> list:
         narrow.layers = cast(model.layers, compute.dtype)
 
         def minimised(model):
-            x = model.trunk(ids, compute=compute)[0]
+            x = model.trunk(ids, compute=compute)
             return cross_entropy(x, model.embed[...], ids, rows * T, compute.loss_chunk)[0]
 
         return jax.vjp(minimised, narrow)[1]
@@ -345,6 +356,8 @@ def test_a_plan_of_data_that_are_there(place, capsys):
     assert (found["devices"], found["accelerator"], found["mfu"]) == (2, "A100", 0.5)
     assert found["hours"] == pytest.approx(found["flops_causal"] / (312e12 * 0.5 * 2) / 3600)
     assert found["compiled"]["stage"] == 3 and found["activation_bytes_per_device_compiled"] > 0
+    int8 = {"weights": 48_096, "scales": 3_072, "total": 51_168}
+    assert found["inference_bytes"] == {"bfloat16": 2 * 44_784, "int8": int8}
     assert found["checkpoint_bytes"] == 12 * found["parameters"] and found["disk_bytes"] > 3 * found["checkpoint_bytes"]
     assert not (place / "run").exists()
 
@@ -469,6 +482,7 @@ def test_the_page(place, capsys):
         "of activations by formula",
         "compiled for 4 pretended CPU devices",
         "tokens needed, it is read",
+        "inference    0.09 MB in bfloat16; in int8 weights 0.05 MB, scales 0.00 MB, total 0.05 MB",
         "?            data: not there yet",
     ):
         assert part in page, page

@@ -39,7 +39,7 @@ def main(argv=None) -> int:
     from smoljax.heldout import HeldoutSet, measure
 
     runtime.start()
-    found = weights.read(args.model, "float32")
+    found = weights.read(args.model)  # as stored, int8 too; --dtype is that of the arithmetic
     longest = found.config.max_position_embeddings
     T = args.seq_len or longest
     if T > longest:  # worth looking at: it is what extending the context is for

@@ -65,6 +65,7 @@ def main(argv=None) -> int:
     plan["sources"] = text(config, checks)
     checks.add("init_from", partial(beginning, config))
     plan |= {"checkpoint_bytes": budget.checkpoint_bytes(config), "disk_bytes": budget.disk_bytes(config)}
+    plan["inference_bytes"] = budget.inference_bytes(config.model)
     checks.add("disk", partial(disk, config))
     plan["checks"] = checks.made
     print(json.dumps(plan) if args.json else page(config, plan))
@@ -318,12 +319,21 @@ def page(config: Train, plan: dict) -> str:
         f"{human(speed)} tokens/s on each",
         *memory_lines(p, config.compute.dtype),
         f"checkpoint   {p['checkpoint_bytes'] / 1e9:.2f} GB, the run's folder up to {p['disk_bytes'] / 1e9:.2f} GB",
+        inference_line(**p["inference_bytes"]),
     ]
     for name, s in p["sources"].items():
         passes = "" if s["epochs"] is None else f", it is read {s['epochs']:,.2f} times"
         lines.append(f"source       {name}: {s['tokens']:,} tokens needed{passes}")
     mark = {True: "ok", False: "NO", None: "?"}
     return "\n".join([*lines, *(f"{mark[c['ok']]:12s} {c['name']}: {c['found']}" for c in p["checks"])])
+
+
+def inference_line(bfloat16: int, int8: dict) -> str:
+    mb = {what: f"{size / 1e6:,.2f} MB" for what, size in int8.items()}
+    return (
+        f"inference    {bfloat16 / 1e6:,.2f} MB in bfloat16; in int8 weights {mb['weights']}, scales {mb['scales']}, "
+        f"total {mb['total']}"
+    )
 
 
 def memory_lines(p: dict, dtype: str) -> list[str]:

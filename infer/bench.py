@@ -1,0 +1,141 @@
+"""Generation speed here, on random prompts; a duel with transformers on the same weights and prompts.
+
+    smoljax bench-decode --model smollm2-135m --batch 1 --prompt-tokens 64 --new-tokens 128
+    smoljax bench-decode --model smollm2-135m --batch 8 --dtype int8 --against transformers --json
+    smoljax bench-decode --suite                         # tables and JSON, or some parts: --suite decode,layout
+
+From an uninstalled checkout: python -m infer.bench. Nothing but JAX, flax, optax and numpy is needed for random
+weights; the duel needs torch, transformers, tokenizers, safetensors and einops too. What was measured for smoljax is in
+docs/benchmarks.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from smoljax import settings
+from smoljax.config import SIZES, Train
+from smoljax.errors import require, run
+from smoljax.settings import meant
+
+DTYPES = ("float32", "bfloat16", "int8", "int8-embedding")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser("smoljax bench-decode", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "settings", nargs="*", metavar="a.b=c", help="of random weights: model.num_hidden_layers=2; xla_flags=--xla_..."
+    )
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help=f"random weights of a size ({', '.join(SIZES)}; default: smollm2-135m), or a MODEL: a run, a folder, ...",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="of each row (default: 64)")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each row (default: 128)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--cache", choices=["int8"], help="of keys and values (default: the arithmetic's dtype)")
+    parser.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round, looked up and checked")
+    parser.add_argument("--windows", type=int, default=5, metavar="N", help="timed runs, the median counts")
+    parser.add_argument("--against", choices=["transformers"], help="the same prompts there too, in turn: A B A B")
+    parser.add_argument(
+        "--suite", nargs="?", const="all", metavar="PARTS", help="tables; or some: decode,prefill,layout,bandwidth"
+    )
+    parser.add_argument("--out", metavar="FILE", help="the suite's JSON (default: bench-decode-DEVICE.json)")
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is JSON")
+    args = parser.parse_intermixed_args(argv)
+    require(not (args.against and args.suite), "--against, --suite: one of them")
+    for name, least in [("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("windows", 1), ("drafts", 0)]:
+        value = getattr(args, name)
+        require(value >= least, f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+    require(args.drafts <= 16, f"--drafts is {args.drafts}, expected at most 16")
+    for name in ("dtype", "cache", "drafts", "json"):
+        given = args.suite and getattr(args, name)
+        require(not given, f"--{name} is not for --suite, which has rows of each dtype and writes JSON to --out")
+    if args.against:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are on one GPU
+    own = configured(args)
+    from smoljax import decode_measure, decode_suite, measure, suite
+
+    if args.suite:
+        suite.chosen(args.suite, decode_suite.PARTS)  # a mistake is said before weights are made
+    model = read(args.model, own)
+    if args.suite:
+        decode_suite.run(model, args.suite, args.out)
+        return 0
+
+    fits(args, model.config)
+    config, dtype, N = dataclasses.asdict(model.config), args.dtype or decode_measure.usual(), args.new_tokens
+    around = measure.surroundings() | {"model": args.model, "dtype": dtype, "cache": args.cache, "drafts": args.drafts}
+    around |= {"batch": args.batch, "prompt_tokens": args.prompt_tokens, "new_tokens": N, "windows": args.windows}
+    if args.against:
+        from smoljax.decode_duel import duel
+
+        peer = Path(__file__).with_name("bench_peer.py")
+        result = duel(model, peer, args.batch, args.prompt_tokens, N, dtype, args.cache, args.drafts, args.windows)
+    else:
+        prompts = decode_measure.random_prompts(model.config, args.batch, args.prompt_tokens)
+        served = decode_measure.served(model, dtype, args.batch * (1 + args.drafts))
+        del model
+        generation = decode_measure.Generation(served, prompts, args.cache, args.drafts)
+        result = decode_measure.speed(generation, N, args.windows)
+    result = around | {"config": config} | result
+    print("\n".join(f"{name:26s} {suite.shown(value)}" for name, value in result.items()))
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def configured(args):
+    """The model's config where its weights are random, else None. Mistakes are said before JAX starts."""
+    from smoljax import runtime
+
+    config = Train(SIZES.get(args.model, SIZES["smollm2-135m"]), steps=10_000)
+    for setting in args.settings:
+        name = setting.partition("=")[0]
+        known = name == "xla_flags" or name.startswith("model.")
+        require(known, f"unknown setting {setting!r}; expected model.NAME=VALUE or xla_flags=FLAGS")
+        random = args.model in SIZES or not name.startswith("model.")
+        require(random, f"{name} is for random weights, and --model {args.model} has its own")
+    config = settings.override(config, args.settings)
+    if args.model in SIZES:
+        fits(args, config.model)
+    else:
+        from smoljax.fetch import NAMES
+
+        known = args.model in NAMES or "/" in args.model or Path(args.model).exists()
+        names = (*SIZES, *NAMES)
+        require(
+            known,
+            f"--model {args.model!r}{meant(args.model, names)}; expected one of {', '.join(SIZES)} for random weights, "
+            "or a MODEL: a run, a Hugging Face folder, a .gguf, a fetched or a hub name",
+        )
+    runtime.set_flags(config.xla_flags)
+    return config.model if args.model in SIZES else None
+
+
+def fits(args, config):
+    asked, most = args.prompt_tokens + args.new_tokens, config.max_position_embeddings
+    require(
+        bool(args.suite) or asked <= most,
+        f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are {asked} positions, more than the "
+        f"model's {most}; take fewer",
+    )
+
+
+def read(name: str, config):
+    """The model, in f32; of int8 weights the numbers that they stand for."""
+    if config:
+        from smoljax.decode_measure import random_model
+
+        return random_model(config)
+    from smoljax import weights
+
+    return weights.read(name, "float32").model
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

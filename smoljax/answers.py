@@ -1,0 +1,163 @@
+"""Rows of text through engines: {"prompt": text} or {"messages": [...]} in, the same with the model's text out."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from smoljax import chat, engine
+from smoljax.engine import Completion, Engine, Request
+from smoljax.errors import DataError, Error, require
+from smoljax.streaming import Text
+from smoljax.template import Template, check_messages
+from smoljax.weights import Weights
+
+OWN = ("text", "texts", "tokens", "finish_reason", "logprobs", "prompt_logprobs", "samples", "error")
+
+
+@dataclass
+class Row:
+    """One on its way."""
+
+    given: dict
+    prompt: list[int]
+    texts: list[Text]
+    done: list[Completion | None] = field(default_factory=list)
+
+
+class Answers:
+    """What a model gives for rows of text.
+
+    Args:
+      loaded: the model with its tokenizer and the files beside it.
+      engines: of that model, one a device.
+      conversations: rows are messages for the chat template; else plain prompts.
+      system: a message before each prompt that is made a conversation.
+      max_new_tokens, seed: for rows that have none of their own.
+      n: samples of each row, by seeds seed ... seed + n - 1.
+      stop: strings that end a row, and are not part of it.
+      prompt_logprobs: a function from ids to log-probabilities, where they are asked for.
+      say: is called with each piece of text as it comes, of the only row.
+    """
+
+    def __init__(
+        self,
+        loaded: Weights,
+        engines: list[Engine],
+        *,
+        conversations: bool = False,
+        system: str | None = None,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        n: int = 1,
+        stop: tuple[str, ...] = (),
+        prompt_logprobs: Callable[[list[int]], list] | None = None,
+        say: Callable[[str], None] | None = None,
+    ):
+        self.words, self.config, self.engines = loaded.tokenizer, loaded.config, engines
+        self.conversations, self.system, self.max_new_tokens = conversations, system, max_new_tokens
+        self.seed, self.n, self.stop, self.prompt_logprobs, self.say = seed, n, stop, prompt_logprobs, say
+        self.stack = contextlib.ExitStack()
+        self.template = self.stack.enter_context(template(loaded)) if conversations else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def run(self, rows: Iterable[dict], strict: bool = False) -> Iterator[dict]:
+        """Each row with what was given for it, in order, as soon as those before it are done.
+
+        A row that cannot be has an "error" in place of a text; where `strict`, that ends it all.
+        """
+        at_work, ready, places, following = {}, {}, [], 0
+
+        def requests():
+            for i, given in enumerate(rows):
+                try:
+                    row, wanted = self.request(given, i)
+                except Error as e:
+                    if strict:
+                        raise
+                    ready[i] = given | {"error": str(e)}
+                    continue
+                at_work[i] = row
+                for sample in range(self.n):
+                    places.append((i, sample))
+                    yield replace(wanted, seed=wanted.seed + sample, watch=row.texts[sample])
+
+        for number, completion in engine.across(self.engines, requests()):
+            i, sample = places[number]
+            row = at_work[i]
+            row.done[sample] = completion
+            if all(row.done):
+                ready[i] = self.result(at_work.pop(i))
+            while following in ready:
+                yield ready.pop(following)
+                following += 1
+        while following in ready:
+            yield ready.pop(following)
+            following += 1
+
+    def request(self, given: dict, i: int) -> tuple[Row, Request]:
+        if "error" in given:
+            raise DataError(given["error"])
+        taken = [name for name in OWN if name in given]
+        require(not taken, f"row {i + 1} has a key {taken[:1]} already, which is the answer's; rename it")
+        if self.conversations:
+            ids = chat.encode(self.words, self.template.render(self.messages(given)))
+        else:
+            text = given.get("prompt")
+            require(
+                "messages" not in given, f"row {i + 1} has messages, among prompts; give --chat, or files of one kind"
+            )
+            require(isinstance(text, str), f"row {i + 1} has the prompt {text!r:.60}, expected a text")
+            ids = self.words.encode(text).ids
+            require(bool(ids), f"prompt {i + 1} is {text!r}, which has no tokens; give some text")
+        wanted = Request(ids, given.get("max_new_tokens", self.max_new_tokens), given.get("seed", self.seed))
+        require(type(wanted.seed) is int, f"row {i + 1} has the seed {wanted.seed!r:.60}, expected a whole number")
+        engine.check(self.config, replace(wanted, seed=wanted.seed + self.n - 1), i)
+        texts = [Text(self.words, self.stop, self.say) for _ in range(self.n)]
+        return Row(given, ids, texts, [None] * self.n), wanted
+
+    def messages(self, given: dict) -> list[dict]:
+        if "messages" not in given:
+            text = given.get("prompt")
+            require(isinstance(text, str), f"expected messages or a prompt, found {sorted(given)[:8]}")
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            return [*system, {"role": "user", "content": text}]
+        check_messages(given["messages"])
+        return given["messages"]
+
+    def result(self, row: Row) -> dict:
+        samples = [self.sample(text, done) for text, done in zip(row.texts, row.done, strict=True)]
+        out = row.given | (samples[0] if self.n == 1 else {"samples": samples})
+        return out | ({"prompt_logprobs": self.prompt_logprobs(row.prompt)} if self.prompt_logprobs else {})
+
+    def sample(self, text: Text, done: Completion) -> dict:
+        out = {"text": text.whole(done.tokens), "tokens": done.tokens, "finish_reason": done.finish_reason}
+        if done.logprobs is not None:
+            out["logprobs"] = [
+                {"logprob": own, "top": [list(pair) for pair in zip(ids, theirs, strict=True)]}
+                for own, ids, theirs in done.logprobs
+            ]
+        return out
+
+
+def template(loaded: Weights) -> Template:
+    """The model's own chat template, which runs in a process of its own."""
+    c, words = loaded.config, loaded.tokenizer
+    first = ends(c)[0] if ends(c) else None
+    bos, eos = ("" if id is None else words.id_to_token(id) or "" for id in (c.bos_token_id, first))
+    return Template(chat.pick(loaded.files, c), f"the chat template of {loaded.source}", bos, eos)
+
+
+def turn_ends(loaded: Weights) -> tuple[int, ...]:
+    """The ids that end an answer: the model's own, and ChatML's for a base model, which ends a document and no turn."""
+    extra = loaded.tokenizer.token_to_id("<|im_end|>") if chat.own(loaded.files) is None else None
+    return ends(loaded.config) + (() if extra is None else (extra,))
+
+
+def ends(config) -> tuple[int, ...]:
+    eos = config.eos_token_id
+    return eos if isinstance(eos, tuple) else () if eos is None else (eos,)

@@ -1,0 +1,391 @@
+"""Many requests through decode.py: slots that are filled again as their rows end. And `generate`, for a few.
+
+The host gives the device a fixed number of rounds at a time, and reads what came of them: no token waits for it.
+Lengths are padded to powers of two, so that a million prompts share a few compiled programs.
+"""
+
+import operator
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+
+import jax
+import numpy as np
+
+from smoljax import budget, decode
+from smoljax.config import Compute, Model
+from smoljax.errors import DataError, UsageError, require
+from smoljax.layout import Served, lay_out
+from smoljax.sampling import DAMAGED, NONE, Sampling
+from smoljax.settings import meant
+
+LONGEST = 512  # tokens of a prompt that are read at a time: scores of all heads against 8,192 places are 150 MB
+SHORTEST = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    max_new_tokens: int = 64
+    seed: int = 0  # below 2**32; one prompt and seed give one sample, whatever else is in the batch
+    watch: Callable[[list[int]], int | None] | None = None
+    """Called with all new tokens when there are more of them; a number ends the row with so many of them kept."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    tokens: list[int]  # without the prompt, with the EOS that ended it
+    finish_reason: str  # "stop" at an EOS or where `watch` said so, "length" at max_new_tokens
+    logprobs: list | None = None  # of each token (its own, the likeliest ids, theirs); where Sampling asks for them
+
+
+@dataclass
+class Row:
+    """A request at work in a slot."""
+
+    number: int
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    reason: str | None = None
+
+    def take(self, tokens, found, eos: tuple):
+        """More tokens from the device, each with its log-probabilities, up to the row's end."""
+        new = len(self.tokens)
+        for i, token in enumerate(tokens):
+            if self.reason or token == NONE:
+                continue
+            if token == DAMAGED:
+                raise DataError(
+                    f"the logits of prompt {self.number + 1} are not finite: the model's weights are damaged, or "
+                    "logit_bias forbids every token"
+                )
+            self.tokens.append(token)
+            if found is not None:
+                self.logprobs.append(tuple(part[i].tolist() for part in found))
+            at_limit = len(self.tokens) == self.request.max_new_tokens
+            self.reason = "stop" if token in eos else "length" if at_limit else None
+        if self.request.watch and len(self.tokens) > new:
+            keep = self.request.watch(self.tokens)
+            if keep is not None:
+                del self.tokens[keep:], self.logprobs[keep:]
+                self.reason = "stop"
+
+    def completion(self, logprobs: bool) -> Completion:
+        return Completion(self.tokens, self.reason, self.logprobs if logprobs else None)
+
+
+class Engine:
+    """Rows of one model through a batch of slots, on one device.
+
+    Args:
+      model: a SmolLM, or one laid out.
+      slots: rows at a time.
+      sampling, eos: of all rows; eos None is the model's own, () never stops.
+      compute: its dtype alone matters here.
+      cache: dtype of keys and values, or int8; by default compute's, on a CPU float32.
+      drafts: tokens a round that are guessed and checked: by looking up, or by the small model `draft`.
+      rounds: that the device computes between two looks of the host.
+      device: JAX's first by default.
+    """
+
+    def __init__(
+        self,
+        model,
+        slots: int = 8,
+        *,
+        sampling: Sampling = Sampling(),
+        eos: int | Iterable[int] | None = None,
+        compute: Compute = Compute(),
+        cache: str | None = None,
+        drafts: int = 0,
+        draft=None,
+        rounds: int | None = None,
+        device=None,
+    ):
+        require(slots >= 1, f"slots is {slots}, expected 1 or more")
+        require(rounds is None or rounds >= 1, f"rounds is {rounds}, expected 1 or more")
+        require(type(drafts) is int and 0 <= drafts <= 16, f"drafts is {drafts}, expected 0 to 16 tokens a round")
+        require(cache in (None, "int8", "float32", "bfloat16"), f"cache is {cache!r}, expected int8 or a dtype")
+        require(draft is None or drafts > 0, "a draft model needs drafts, the tokens that it guesses a round: try 4")
+        dtype = compute.dtype
+        self.model = model if isinstance(model, Served) else lay_out(model, dtype, slots * (1 + drafts))
+        self.config, self.slots, self.sampling, self.drafts = self.model.config, slots, sampling, drafts
+        if draft is not None:
+            same = draft.config.vocab_size == self.config.vocab_size
+            require(same, f"the draft model has {draft.config.vocab_size} tokens, the model {self.config.vocab_size}")
+            draft = draft if isinstance(draft, Served) else lay_out(draft, dtype, slots)
+        # A CPU's products of bf16 take two rows or more, and a bf16 cache is written by way of f32: all of it.
+        self.draft, self.cache = draft, cache or ("float32" if jax.default_backend() == "cpu" else dtype)
+        self.device = device or jax.local_devices()[0]
+        if device is not None:
+            self.model, self.draft = jax.device_put((self.model, self.draft), device)
+        self.eos = ids(self.config.eos_token_id if eos is None else eos)
+        for id in (*self.eos, *(id for id, _ in sampling.logit_bias)):
+            V = self.config.vocab_size
+            require(0 <= id < V, f"token id {id} (eos or logit_bias) is not below the model's {V}")
+        on_cpu = jax.default_backend() == "cpu"
+        self.rounds = rounds or (8 if on_cpu else 32)
+        self.budget = 512 if on_cpu else 8192  # tokens of prompts that are read at a time
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+        """(the request's number, what it gave), as rows end. Requests are checked, and taken, as slots come free."""
+        self.state, self.rows, self.places = None, [None] * self.slots, 0
+        self.waiting, self.source = [], enumerate(requests)
+        while self.fill():
+            yield from self.finished()
+            if any(self.rows):
+                self.advance()
+                yield from self.finished()
+
+    def finished(self):
+        for slot, row in enumerate(self.rows):
+            if row and row.reason:
+                self.rows[slot] = None
+                yield row.number, row.completion(self.sampling.logprobs is not None)
+
+    def fill(self) -> bool:
+        """Requests into free slots; whether there is anything at work."""
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        while len(self.waiting) < len(free):
+            number, request = next(self.source, (None, None))
+            if request is None:
+                break
+            check(self.config, request, number)
+            self.waiting.append(Row(number, request))
+        while free and self.waiting:
+            first = self.waiting[0]
+            T, group = length(first), [first]
+            if len(first.request.prompt) <= LONGEST:  # all of one padded length together; or one, for two programs each
+                most = min(len(free), max(1, self.budget // T))
+                group = [row for row in self.waiting if length(row) == T and len(row.request.prompt) <= LONGEST][:most]
+            self.waiting = [row for row in self.waiting if row not in group]
+            for row, slot in zip(group, free, strict=False):
+                self.rows[slot] = row
+            self.resize(1 + max(len(row.request.prompt) for row in group))
+            self.begin(T, group, free[: len(group)], 1 if len(group) == 1 else min(self.slots, self.budget // T))
+            free = free[len(group) :]
+        return any(self.rows)
+
+    def begin(self, T: int, group: list[Row], slots: list[int], size: int):
+        prompts = [row.request.prompt for row in group]
+        lengths = np.ones(size, np.int32)
+        lengths[: len(group)] = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        rows = np.full(size, self.slots, np.int32)  # beyond the slots: padding
+        rows[: len(group)] = slots
+        pieces = -(-longest // T)
+        tokens = np.zeros((size, pieces * T), np.int32)
+        for line, prompt in zip(tokens, prompts, strict=False):
+            line[: len(prompt)] = prompt
+        at = np.zeros(size, np.int32)
+        for i in range(pieces - 1):  # a prompt longer than T is alone
+            self.state = decode.extend(self.model, self.draft, self.state, tokens[:, i * T : (i + 1) * T], at, rows)
+            at = at + T
+        seeds, limits = np.zeros(size, np.uint32), np.ones(size, np.int32)
+        seeds[: len(group)] = [row.request.seed for row in group]
+        limits[: len(group)] = [row.request.max_new_tokens for row in group]
+        prompt = history = None
+        if self.sampling.counts:
+            prompt = np.zeros((size, self.config.vocab_size), bool)
+            for line, p in zip(prompt, prompts, strict=False):
+                line[p] = True
+        if self.state.history is not None:
+            history = np.zeros((size, self.places), np.int32)
+            history[:, : tokens.shape[1]] = tokens[:, : self.places]
+        args = (tokens[:, -T:], at, rows, lengths, seeds, limits, prompt, history, self.sampling, self.eos)
+        self.state, new, found = decode.begin(self.model, self.draft, self.state, *args)
+        new, found = jax.device_get((new, found))
+        for i, row in enumerate(group):
+            row.take(new[i : i + 1].tolist(), None if found is None else [part[i : i + 1] for part in found], self.eos)
+
+    def advance(self):
+        """Rounds for all slots, and what came of them to the rows."""
+        most = self.rounds * (1 + self.drafts)
+        self.resize(
+            max(len(r.request.prompt) + min(len(r.tokens) + most, r.request.max_new_tokens) for r in self.rows if r)
+        )
+        self.state, tokens, found = decode.advance(
+            self.model, self.draft, self.state, self.rounds, self.drafts, self.sampling, self.eos
+        )
+        tokens, found = jax.device_get((tokens, found))
+        for slot, row in enumerate(self.rows):
+            if row:
+                mine = None
+                if found is not None:
+                    mine = [part[:, slot].reshape(-1, *part.shape[3:]) for part in found]
+                row.take(tokens[:, slot].reshape(-1).tolist(), mine, self.eos)
+
+    def resize(self, places: int):
+        """A cache with room for as many, for all rows at work; smaller again once a long row is gone."""
+        needed = [len(row.request.prompt) + len(row.tokens) for row in self.rows if row]
+        places = bucket(max([places, *needed]), 256)
+        if self.state is not None and self.places // 4 < places <= self.places:
+            return
+        self.check_memory(places)
+        if self.state is None:
+            look_up = self.drafts > 0 and self.draft is None
+            args = (self.slots, places, self.cache, self.sampling, look_up, self.draft)
+            self.state = decode.Slots.empty(self.model, *args)
+        else:
+            self.state = decode.resized(self.state, places)
+        self.places = places
+
+    def check_memory(self, places: int):
+        """A UsageError where weights and cache cannot fit, before the device says it in its own words."""
+        weights = sum(a.nbytes for a in {id(a): a for a in jax.tree.leaves((self.model, self.draft))}.values())
+        cache = self.slots * sum(
+            budget.cache_bytes(m.config, places, self.cache) for m in (self.model, self.draft) if m
+        )
+        limit = budget.device_memory(self.device)
+        require(
+            weights + cache <= limit,
+            f"{self.slots} rows with {places:,} places need {cache / 1e9:.1f} GB beside weights of {weights / 1e9:.1f} "
+            f"GB; the device has {limit / 1e9:.1f}: take fewer rows at a time (--batch-size), shorter ones "
+            "(--max-new-tokens), or an int8 cache (--cache int8)",
+        )
+
+
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]] | Sequence[str],
+    max_new_tokens: int = 64,
+    *,
+    tokenizer=None,
+    **options,
+) -> list[list[int]] | list[str]:
+    """What follows each prompt, without the prompt: ids for ids, texts for texts, which need a `tokenizer`.
+
+    `complete` says what the options are, and why each row ended. A text is without special tokens.
+    """
+    require(not isinstance(prompts, str), "prompts is one string; give a list of them")
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    if not any(texts):
+        return [row.tokens for row in complete(model, prompts, max_new_tokens, **options)]
+    require(all(texts), "some prompts are strings, some are not; give one kind")
+    require(tokenizer is not None, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
+    rows = complete(model, [tokenizer.encode(text).ids for text in prompts], max_new_tokens, **options)
+    return [tokenizer.decode(row.tokens) for row in rows]
+
+
+ENGINE = ("eos", "compute", "cache", "drafts", "draft", "rounds")
+
+
+def complete(
+    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, seed=0, slots: int | None = None, **options
+) -> list[Completion]:
+    """Continue lists of token ids.
+
+    Args:
+      seed: one for all rows, or one a row. A row's sample is the same in any batch; so two equal prompts under one
+        seed give equal samples: for several samples of a prompt, give it several seeds.
+      slots: rows at a time, at most 64 by default.
+      options: the fields of Sampling (temperature, top_k, ...), and eos, compute, cache, drafts, draft of Engine.
+
+    Raises UsageError for a prompt or a setting that cannot be, DataError if the model's logits are not finite.
+    """
+    known = ENGINE + tuple(f.name for f in fields(Sampling))
+    for name in options:
+        require(name in known, f"no option {name!r}{meant(name, known)}; expected some of {', '.join(known)}")
+    engine = {name: options.pop(name) for name in ENGINE if name in options}
+    how = Sampling(**options)
+    prompts = [as_ids(i, prompt) for i, prompt in enumerate(prompts, start=1)]
+    seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
+    require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
+    new = whole(max_new_tokens, "max_new_tokens")
+    requests = [Request(prompt, new, whole(s, "seed")) for prompt, s in zip(prompts, seeds, strict=True)]
+    for i, request in enumerate(requests):
+        check(model.config, request, i)
+    if not prompts:
+        return []
+    slots = min(len(prompts), 64) if slots is None else slots
+    rows = dict(Engine(model, slots, sampling=how, **engine).run(requests))
+    return [rows[i] for i in range(len(prompts))]
+
+
+def whole(value, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r:.60}, expected a whole number") from None
+
+
+def as_ids(number: int, prompt) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise UsageError(f"prompt {number} is {prompt!r:.60}, expected a list of token ids") from None
+
+
+def ids(eos) -> tuple[int, ...]:
+    if eos is None:
+        return ()
+    return tuple(sorted({whole(id, "eos") for id in (eos if isinstance(eos, Iterable) else (eos,))}))
+
+
+def length(row: Row) -> int:
+    """What a prompt, or a piece of a long one, is padded to."""
+    return min(LONGEST, bucket(len(row.request.prompt), SHORTEST))
+
+
+def bucket(length: int, smallest: int) -> int:
+    """The next power of two."""
+    return max(smallest, 1 << int(length - 1).bit_length())
+
+
+def check(config: Model, request: Request, number: int):
+    """A UsageError where a request cannot be: each id in the vocabulary, all of it within the model's positions."""
+    V, S, n = config.vocab_size, config.max_position_embeddings, number + 1
+    new = request.max_new_tokens
+    require(type(new) is int and new >= 1, f"max_new_tokens is {new!r}, expected a whole number, 1 or more")
+    require(0 <= request.seed < 2**32, f"seed is {request.seed}, expected 0 or more, below 2**32")
+    require(bool(request.prompt), f"prompt {n} is empty; give at least one token, such as the model's bos_token_id")
+    for token in request.prompt:
+        known = 0 <= token < V
+        require(known, f"prompt {n} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary")
+    require(
+        len(request.prompt) + new <= S,
+        f"prompt {n} has {len(request.prompt)} tokens; with max_new_tokens = {new} that is beyond the model's "
+        f"max_position_embeddings = {S}; shorten one of them",
+    )
+
+
+def across(engines: list[Engine], requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+    """One stream of requests through several engines, each on its own device and thread; numbered as they come."""
+    if len(engines) == 1:
+        yield from engines[0].run(requests)
+        return
+    source, lock, results = enumerate(requests), threading.Lock(), queue.Queue()
+
+    def work(engine: Engine):
+        numbers = []
+
+        def mine():
+            while True:
+                with lock:
+                    number, request = next(source, (None, None))
+                if request is None:
+                    return
+                numbers.append(number)
+                yield request
+
+        try:
+            with jax.default_device(engine.device):
+                for i, completion in engine.run(mine()):
+                    results.put((numbers[i], completion))
+            results.put(None)
+        except BaseException as e:  # said by the caller's thread
+            results.put(e)
+
+    for engine in engines:
+        threading.Thread(target=work, args=(engine,), daemon=True).start()
+    at_work = len(engines)
+    while at_work:
+        match results.get():
+            case None:
+                at_work -= 1
+            case BaseException() as e:
+                raise e
+            case found:
+                yield found

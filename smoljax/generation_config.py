@@ -1,0 +1,47 @@
+"""generation_config.json: how a model's publisher wants it sampled. Each key is used, or refused where it would matter.
+
+Its special token ids are read with config.json's (companions.generation_ids).
+"""
+
+from pathlib import Path
+
+from smoljax.errors import UsageError
+from smoljax.hf_config import parse_json
+
+SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # hold only where do_sample is true, as in transformers
+ALWAYS = ("repetition_penalty", "min_new_tokens", "max_new_tokens", "stop_strings")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample")
+ABOUT = ("_from_model_config", "transformers_version", "use_cache", "cache_implementation", "return_dict_in_generate")
+ABOUT += ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "max_time", "compile_config")
+# The value of a key that changes nothing; another one is of a method that smoljax has not.
+NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0}
+NEUTRAL |= {"eta_cutoff": 0.0, "length_penalty": 1.0, "diversity_penalty": 0.0, "num_return_sequences": 1}
+NEUTRAL |= {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "min_length": 0}
+NEUTRAL |= {"remove_invalid_values": False, "renormalize_logits": False, "early_stopping": False, "max_length": 20}
+
+
+def defaults(files: dict[str, bytes], source: str) -> dict:
+    """What a model's own file asks for, by the names of Sampling, max_new_tokens and stop_strings; {} where there is
+    none.
+
+    Raises UsageError for a key that would change what is given and that smoljax has not.
+    """
+    found = parse_json(files.get("generation_config.json", b"{}"), Path("generation_config.json"))
+    out = {}
+    for key, value in found.items():
+        if value is None or key in (*IDS, *ABOUT) or (key in SAMPLED and found.get("do_sample") is not True):
+            continue
+        if key in (*SAMPLED, *ALWAYS):
+            out[key] = value
+        elif key not in NEUTRAL or value != NEUTRAL[key]:
+            raise UsageError(
+                f"generation_config.json of {source} has {key} = {str(value)[:60]}, which smoljax has not; "
+                "--no-generation-config leaves the file aside"
+            )
+    if found.get("do_sample") is True:
+        out.setdefault("temperature", 1.0)
+        if out.get("top_k") == 0:  # transformers' "all of them"
+            del out["top_k"]
+    if isinstance(out.get("stop_strings"), str):
+        out["stop_strings"] = [out["stop_strings"]]
+    return out

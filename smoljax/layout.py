@@ -1,0 +1,206 @@
+"""A model laid out for inference: its layers apart, each matrix in the form that multiplies fastest here.
+
+A slice of stacked layers is a copy, which costs nothing beside training's products and as much as decoding's own. And
+what is fastest depends on processor, dtype and rows at a time, by up to a hundred times on a CPU (docs/benchmarks), so
+there the forms are timed on the model's own matrices as it is laid out. Elsewhere XLA lays out for itself.
+"""
+
+import functools
+import math
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from smoljax.config import Model
+from smoljax.quantize import MATRICES, QTensor
+
+TIMED = 1 << 18  # numbers of a matrix below which any form will do
+FEW = 64  # rows up to which "sum" is a sum: a prompt's are a product
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["way", "outs"])
+@dataclass
+class Laid:
+    """A weight as a matrix, and the way to multiply with it.
+
+    rows      [outputs, inputs], a matrix product
+    columns   [inputs, outputs], a matrix product
+    sum       [outputs, inputs], multiplied and summed as one loop, in f32
+    split     int8 [outputs, inputs]; x becomes int8 too, in two parts that hold 15 bits of each row: x is off by
+              at most 2e-5 of the row's largest, and sums are exact. CPUs have instructions for products of int8
+    """
+
+    values: jax.Array
+    scale: jax.Array | None  # f32, one an output, of int8 values
+    way: str
+    outs: tuple  # the outputs' sizes; of several weights beside each other, a tuple of those
+
+    def times(self, form: str, x):
+        """As product.product; what x is summed over are its axes behind B and T."""
+        return self.sums(x).astype(x.dtype).reshape(*x.shape[:2], *self.outs)
+
+    def sums(self, x):
+        """The same in f32, as logits are; outputs as one axis."""
+        lead = x.shape[:2]
+        x = x.reshape(math.prod(lead), -1)
+        M, cpu = len(x), jax.default_backend() == "cpu"
+        if M == 1 and cpu and self.way != "split" and (self.way == "sum" or x.dtype == jnp.bfloat16):
+            x = jnp.concatenate([x, x])  # XLA has no fast code for one row: a bf16 product takes 15 times as long
+        if self.way == "sum" and M <= FEW:
+            y = jnp.sum(x.astype(jnp.float32)[:, None] * self.values.astype(jnp.float32), axis=-1)
+        elif self.way == "split":
+            y = split_product(x.astype(jnp.float32), self.values)
+        else:
+            dims = (((1,), (0 if self.way == "columns" else 1,)), ((), ()))
+            y = jax.lax.dot_general(x, self.values.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+        y = y[:M]
+        y = y if self.scale is None else y * self.scale
+        return y.reshape(*lead, -1)
+
+
+def split_product(x, values):  # MK NK -> MN
+    """x times int8 values, x as hi + lo / 254, both int8, times a scale a row."""
+    M = len(x)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    x = x / jnp.where(scale == 0, 1, scale)
+    high = jnp.round(x)
+    parts = jnp.concatenate([high, jnp.round((x - high) * 254)]).astype(jnp.int8)
+    y = jax.lax.dot_general(parts, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return (y[:M].astype(jnp.float32) + y[M:].astype(jnp.float32) / 254) * scale
+
+
+WAYS = {"float32": ("rows", "columns"), "bfloat16": ("rows", "columns", "sum"), "int8": ("split", "sum")}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["embed", "layers", "norm", "head"],
+    meta_fields=["config", "dtype"],
+)
+@dataclass
+class Served:
+    """A SmolLM as decode.py takes it."""
+
+    embed: jax.Array | QTensor
+    layers: tuple  # of Block, one a layer, with Laid in place of its matrices
+    norm: jax.Array
+    head: Laid
+    config: Model
+    dtype: str  # of the arithmetic
+
+    report = ""  # what was chosen, and the times of it; no field, for programs do not depend on it
+
+    def look_up(self, tokens):  # BT -> BTD
+        if isinstance(self.embed, QTensor):
+            x = self.embed.values[tokens].astype(jnp.float32) * self.embed.scale[tokens]
+        else:
+            x = self.embed[tokens]
+        return x.astype(self.dtype)
+
+
+def lay_out(model, dtype: str, rows: int) -> Served:
+    """Args:
+    model: a SmolLM, its matrices of any dtype or int8 (QTensor).
+    dtype: of the arithmetic, and so of the matrices that are not int8.
+    rows: that decode at a time, for which the forms are timed.
+    """
+    layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.num_hidden_layers)]
+    embed = model.embed if isinstance(model.embed, QTensor) else model.embed[...].astype(dtype)
+    said, ways = [], {}
+    for name in ("gate", "down"):  # from the model's width, and to it
+        ways[name], times = choose(getattr(layers[0], name), MATRICES[name], dtype, rows)
+        said += [f"{name} {ways[name]} ({times})"] * bool(times)
+    head_way, times = choose(embed, (-1,), dtype, rows)
+    said += [f"head {head_way} ({times})"] * bool(times)
+    for block in layers:
+        to = {name: ways["down" if name in ("o", "down") else "gate"] for name in MATRICES}
+        parts = {name: laid(getattr(block, name), axes, dtype, to[name]) for name, axes in MATRICES.items()}
+        for first, *others in FUSED:
+            parts[first] = beside([parts[first], *(parts.pop(name) for name in others)])
+            for name in others:
+                setattr(block, name, None)
+        for name, weight in parts.items():
+            setattr(block, name, weight)
+    served = Served(embed, tuple(layers), model.norm[...], laid(embed, (-1,), dtype, head_way), model.config, dtype)
+    served.report = f"{rows} rows: {', '.join(said)}" if said else ""
+    return served
+
+
+FUSED = (("q", "k", "v"), ("gate", "up"))  # one product each: the first of them holds all
+
+
+def beside(weights: list[Laid]) -> Laid:
+    """Weights of the same inputs as one."""
+    axis = 1 if weights[0].way == "columns" else 0
+    scale = None if weights[0].scale is None else jnp.concatenate([w.scale for w in weights])
+    values = jnp.concatenate([w.values for w in weights], axis)
+    return Laid(values, scale, weights[0].way, tuple(w.outs for w in weights))
+
+
+@dataclass
+class Part:
+    """One of several weights beside each other, while a program is traced: XLA finds that their product is the same."""
+
+    whole: Laid
+    start: int
+    outs: tuple[int, ...]
+
+    def times(self, form: str, x):
+        y = self.whole.sums(x)[..., self.start : self.start + math.prod(self.outs)]
+        return y.astype(x.dtype).reshape(*x.shape[:2], *self.outs)
+
+
+def spread(block):
+    """A layer as model.Block has it, its weights apart, in a program that is traced."""
+    block = jax.tree.map(lambda w: w, block, is_leaf=lambda w: isinstance(w, Laid))
+    for names in FUSED:
+        whole, start = getattr(block, names[0]), 0
+        for name, outs in zip(names, whole.outs, strict=True):
+            setattr(block, name, Part(whole, start, outs))
+            start += math.prod(outs)
+    return block
+
+
+def laid(w, axes: tuple[int, ...], dtype: str, way: str) -> Laid:
+    """axes: those that a product sums over, as in quantize.MATRICES."""
+    values, scale = (w.values, w.scale) if isinstance(w, QTensor) else (w[...].astype(dtype), None)
+    summed = [axis % values.ndim for axis in axes]
+    rest = [axis for axis in range(values.ndim) if axis not in summed]
+    outs = tuple(values.shape[axis] for axis in rest)
+    K, N = (math.prod(values.shape[axis] for axis in group) for group in (summed, rest))
+    order, shape = (summed + rest, (K, N)) if way == "columns" else (rest + summed, (N, K))
+    return Laid(values.transpose(order).reshape(shape), None if scale is None else scale.reshape(N), way, outs)
+
+
+def choose(w, axes, dtype: str, rows: int) -> tuple[str, str]:
+    """The fastest way for one matrix here, and the milliseconds of each, for people."""
+    ways = WAYS["int8" if isinstance(w, QTensor) else dtype]
+    if jax.default_backend() != "cpu":
+        return ("rows" if axes == (-1,) else "columns"), ""
+    if math.prod(w.shape) < TIMED:
+        return ways[0], ""
+    K = math.prod(w.shape[axis] for axis in axes)
+    x = jnp.ones((rows, 1, K), dtype)
+    times = {way: seconds(laid(w, axes, dtype, way), x) for way in ways}
+    return min(times, key=times.get), ", ".join(f"{way} {t * 1e3:.2f} ms" for way, t in times.items())
+
+
+@jax.jit
+def once(weight: Laid, x):
+    return weight.times("", x)
+
+
+def seconds(weight: Laid, x) -> float:
+    """The best of five."""
+    taken = []
+    for _ in range(6):
+        begun = time.perf_counter()
+        once(weight, x).block_until_ready()
+        taken.append(time.perf_counter() - begun)
+        if taken[0] == taken[-1]:
+            continue  # that one compiled
+        if taken[-1] > 0.2:
+            break
+    return min(taken[1:])
