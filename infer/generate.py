@@ -112,15 +112,15 @@ def main(argv=None) -> int:
         eos = () if args.ignore_eos else turn_ends(loaded) if conversations else ends(loaded.config)
     model = quantize(loaded.model) if args.int8 and loaded.dtype != "int8" else loaded.model
     compute = Compute(dtype=args.dtype)
-    size = args.batch_size or (8 if jax.default_backend() == "cpu" else 64)
-    size = min(size, (jobs.count(Path(args.input)) if args.input else len(rows)) * args.n)
+    wanted = (jobs.count(Path(args.input)) if args.input else len(rows)) * args.n
+    size = min(args.batch_size or (8 if jax.default_backend() == "cpu" else 64), wanted)
     options = {"sampling": how, "eos": eos, "compute": compute, "cache": args.cache, "drafts": args.drafts}
     options |= {"draft": weights.load(args.draft) if args.draft else None}
-    devices = jax.local_devices() if args.input else [None]
+    devices = jax.local_devices()[: -(-wanted // size)]
     served = lay_out(model, args.dtype, size * (1 + args.drafts))
     if served.report:
         print(f"smoljax: laid out for {served.report}", file=sys.stderr)
-    engines = [Engine(served, size, device=device if len(devices) > 1 else None, **options) for device in devices]
+    engines = [Engine(served, size, device=device, **options) for device in devices]
 
     def prompt_logprobs(ids: list[int]) -> list:
         (found,) = loglikelihoods(

@@ -161,6 +161,7 @@ def nats_and_greedy(model, ids, dtype):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=-1)[:, 0], logits.argmax(-1)
 
 
+@pytest.mark.slow
 def test_int8_perplexity(real, tmp_path, capsys):
     """Within 1% of f32's on each of three texts, as written, read and laid out; by weights, cache, and both."""
     models = {"float32": real.model}
