@@ -4,9 +4,14 @@ tests/data/greedy_fp32.json holds transformers' greedy answers on the same dequa
 tests/data/tokenizer_vectors.json ids that llama.cpp's tokenizer gives.
 """
 
+import argparse
+import decimal
+import doctest
 import functools
+import heapq
 import importlib.util
 import json
+import optparse
 import os
 import pydoc_data.topics
 import statistics
@@ -147,7 +152,9 @@ def test_llama_cpp_gives_the_same_answers(real, tmp_path):
 TEXTS = {
     "code": lambda: Path(statistics.__file__).read_text(),
     "reference": lambda: "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)),
-    "readme": lambda: (DATA.parents[1] / "README.md").read_text(),
+    "docstrings": lambda: "\n".join(
+        m.__doc__ for m in (argparse, doctest, heapq, decimal, optparse, json, json.encoder)
+    ),
 }
 
 
