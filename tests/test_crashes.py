@@ -199,7 +199,7 @@ def test_killed_at_any_moment_several_times(place, uninterrupted):
             killed += code != 0
         for name in names:
             assert_sound(place / name)
-    assert killed > 10  # how many of the others had ended before is the load's doing
+    assert killed > 20  # the others had ended before
     assert {code for code, _ in run_all([job(place, name) for name in left])} == {0}
     for name in left:
         faults.assert_same_run(one, place / name, 16)

@@ -87,7 +87,7 @@ def configured(args) -> Train:
     require(
         args.model in SIZES, f"--model {args.model!r}{meant(args.model, SIZES)}; expected one of {', '.join(SIZES)}"
     )
-    config = Train(SIZES[args.model], steps=10_000, optim=Optim(lr=1e-3, warmup_steps=100, decay_steps=2000))
+    config = Train(SIZES[args.model], steps=10_000, optim=Optim(lr=1e-3, warmup_steps=10, decay_steps=2000))
     runtime.set_flags(settings.override(config, args.settings).xla_flags)
     import jax
 
