@@ -79,7 +79,7 @@ def main(argv=None) -> int:
     import jax
 
     from smoljax import chat, runtime, weights
-    from smoljax.answers import Answers, ends, turn_ends
+    from smoljax.answers import Answers, turn_ends
     from smoljax.config import Compute
     from smoljax.engine import Engine
     from smoljax.layout import lay_out
@@ -109,7 +109,7 @@ def main(argv=None) -> int:
     if args.eos:
         eos = tuple(args.eos)
     else:
-        eos = () if args.ignore_eos else turn_ends(loaded) if conversations else ends(loaded.config)
+        eos = () if args.ignore_eos else turn_ends(loaded) if conversations else None
     model = quantize(loaded.model) if args.int8 and loaded.dtype != "int8" else loaded.model
     compute = Compute(dtype=args.dtype)
     wanted = (jobs.count(Path(args.input)) if args.input else len(rows)) * args.n

@@ -147,7 +147,7 @@ class Answers:
 def template(loaded: Weights) -> Template:
     """The model's own chat template, which runs in a process of its own."""
     c, words = loaded.config, loaded.tokenizer
-    first = ends(c)[0] if ends(c) else None
+    first = c.eos_token_id[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
     bos, eos = ("" if id is None else words.id_to_token(id) or "" for id in (c.bos_token_id, first))
     return Template(chat.pick(loaded.files, c), f"the chat template of {loaded.source}", bos, eos)
 
@@ -155,9 +155,4 @@ def template(loaded: Weights) -> Template:
 def turn_ends(loaded: Weights) -> tuple[int, ...]:
     """The ids that end an answer: the model's own, and ChatML's for a base model, which ends a document and no turn."""
     extra = loaded.tokenizer.token_to_id("<|im_end|>") if chat.own(loaded.files) is None else None
-    return ends(loaded.config) + (() if extra is None else (extra,))
-
-
-def ends(config) -> tuple[int, ...]:
-    eos = config.eos_token_id
-    return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+    return engine.ids(loaded.config.eos_token_id) + (() if extra is None else (extra,))

@@ -22,10 +22,8 @@ from smoljax.quantize import quantized
 from smoljax.sampling import DAMAGED, NONE, Sampling, logprobs, sample
 from smoljax.speculate import draft_tokens
 
-node = functools.partial(jax.tree_util.register_dataclass)
 
-
-@node
+@jax.tree_util.register_dataclass
 @dataclass
 class Cache:
     """A layer's keys, (BK)HS, and values, (BK)SH, of the places seen so far; in int8 with scales of each, (BK)S.
@@ -79,7 +77,7 @@ def write(cache, new, rows, positions, axis: int):  # (BK)... BTK... B BT
     return split.at[at].set(new.astype(cache.dtype)).reshape(cache.shape)
 
 
-@node
+@jax.tree_util.register_dataclass
 @dataclass
 class Slots:
     """What the device knows of each row at work. A row's last token is not in the cache yet: it is to be fed."""
@@ -96,7 +94,7 @@ class Slots:
     draft: tuple[Cache, ...] | None  # the draft model's cache
 
     @staticmethod
-    def empty(model: Served, rows: int, places: int, cache: str, how: Sampling, drafts: int, draft: Served | None):
+    def empty(model: Served, rows: int, places: int, cache: str, how: Sampling, look_up: bool, draft: Served | None):
         V, zero = model.config.vocab_size, jnp.zeros(rows, jnp.int32)
         counts = [jnp.zeros((rows, V), bool), jnp.zeros((rows, V), jnp.int32)] if how.counts else [None, None]
 
@@ -104,7 +102,7 @@ class Slots:
             c = model.config
             return tuple(Cache.zeros(c, rows, places, cache) for _ in range(c.num_hidden_layers))
 
-        history = jnp.zeros((rows, places), jnp.int32) if drafts else None
+        history = jnp.zeros((rows, places), jnp.int32) if look_up else None
         mine = caches(draft) if draft else None
         zeros = [jnp.zeros_like(zero) for _ in range(4)]
         return Slots(caches(model), *zeros, jnp.zeros(rows, jnp.uint32), *counts, history, mine)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from smoljax.config import Model
-from smoljax.quantize import MATRICES, QTensor
+from smoljax.quantize import MATRICES, QTensor, quantized
 
 TIMED = 1 << 18  # numbers of a matrix below which any form will do
 FEW = 64  # rows up to which "sum" is a sum: a prompt's are a product
@@ -63,10 +63,9 @@ class Laid:
 def split_product(x, values):  # MK NK -> MN
     """x times int8 values, x as hi + lo / 254, both int8, times a scale a row."""
     M = len(x)
-    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
-    x = x / jnp.where(scale == 0, 1, scale)
-    high = jnp.round(x)
-    parts = jnp.concatenate([high, jnp.round((x - high) * 254)]).astype(jnp.int8)
+    high, scale = quantized(x)
+    low = jnp.round((x / jnp.where(scale == 0, 1, scale) - high) * 254).astype(jnp.int8)
+    parts = jnp.concatenate([high, low])
     y = jax.lax.dot_general(parts, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     return (y[:M].astype(jnp.float32) + y[M:].astype(jnp.float32) / 254) * scale
 

@@ -7,7 +7,7 @@ scale for each place and head.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class QTensor:
 
     values: jax.Array  # int8
     scale: jax.Array  # f32
-    dims: str = field(metadata=dict(static=True))
+    dims: str
 
     @property
     def shape(self):

@@ -5,7 +5,7 @@ id, so that a row gives the same sample in any batch, and in any round of specul
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +62,7 @@ class Sampling:
     @property
     def counts(self) -> bool:
         """Whether it matters which tokens a row has had."""
-        default = {f.name: f.default for f in fields(self)}
-        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        return any(getattr(self, name) != default[name] for name in names)
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
 def keys(seeds, n):  # B B -> B

@@ -16,14 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 
-from smoljax import loss, measure, model, step
+from smoljax import loss, measure, model, step, suite
 from smoljax.config import SIZES, Compute, Data, Optim, Train
 
 
 def all_scores(q, k, v, starts, backend):  # every score at once, kept for the backward pass
-    T = q.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(T), q.shape[:2])
-    return model.attend_cached(q, k, v, positions)
+    return suite.all_scores(q, k, v, jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2]))
 
 
 def all_logits(x, embed, labels, count, chunk, z_loss):
@@ -37,19 +35,19 @@ def einsum(form, x, weight):
     return jnp.einsum(form, x, weight[...])
 
 
-def fused(self, x, angles, starts, positions, cache, backend):  # a layer with q, k, v as one product, gate and up too
+def fused(self, x, angles, attention):  # a layer with q, k, v as one product, gate and up too
     B, T, D = x.shape
     parts = [w[...].reshape(D, -1) for w in (self.q, self.k, self.v)]
     y = model.product("BTD,DF->BTF", model.rms_norm(x, self.attn_norm, self.eps), jnp.concatenate(parts, axis=1))
     ends = [parts[0].shape[1], parts[0].shape[1] + parts[1].shape[1]]
     q, k, v = (a.reshape(B, T, -1, self.q.shape[-1]) for a in jnp.split(y, ends, axis=-1))
     q, k = model.rope.rotate(q, angles), model.rope.rotate(k, angles)
-    y = model.attend(*(model.checkpoint_name(a, "qkv") for a in (q, k, v)), starts, backend)
+    y, kept = attention(*(model.checkpoint_name(a, "qkv") for a in (q, k, v)))
     x = x + model.checkpoint_name(model.product("BTNH,NHD->BTD", y, self.o), "attn_out")
     both = jnp.concatenate([self.gate[...], self.up[...]], axis=1)
     y = model.product("BTD,DF->BTF", model.rms_norm(x, self.mlp_norm, self.eps), both)
     gate, up = jnp.split(model.checkpoint_name(y, "gate_up"), 2, axis=-1)
-    return x + model.product("BTF,FD->BTD", model.silu(gate) * up, self.down), cache
+    return x + model.product("BTF,FD->BTD", model.silu(gate) * up, self.down), kept
 
 
 VARIANTS = {
