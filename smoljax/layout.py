@@ -17,7 +17,7 @@ from smoljax.config import Model
 from smoljax.quantize import MATRICES, QTensor, quantized
 
 TIMED = 1 << 18  # numbers of a matrix below which any form will do
-FEW = 64  # rows up to which "sum" is a sum: a prompt's are a product
+FEW = 64  # rows up to which "sum" and "left" are so: a prompt's are "rows"
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["way", "outs"])
@@ -25,11 +25,13 @@ FEW = 64  # rows up to which "sum" is a sum: a prompt's are a product
 class Laid:
     """A weight as a matrix, and the way to multiply with it.
 
-    rows      [outputs, inputs], a matrix product
-    columns   [inputs, outputs], a matrix product
-    sum       [outputs, inputs], multiplied and summed as one loop, in f32
-    split     int8 [outputs, inputs]; x becomes int8 too, in two parts that hold 15 bits of each row: x is off by
-              at most 2e-5 of the row's largest, and sums are exact. CPUs have instructions for products of int8
+    rows        [outputs, inputs], a matrix product
+    left        the same numbers, but as the product's first factor, which XLA's CPU products do not rearrange
+    columns     [inputs, outputs], a matrix product
+    sum         [outputs, inputs], multiplied and summed as one loop, in f32
+    split       int8 [outputs, inputs]; x becomes int8 too, in two parts that hold 15 bits of each row: x is off by
+                at most 2e-5 of the row's largest, and sums are exact. CPUs have instructions for products of int8
+    split left  the same, with the weight as the first factor
     """
 
     values: jax.Array
@@ -46,31 +48,44 @@ class Laid:
         lead = x.shape[:2]
         x = x.reshape(math.prod(lead), -1)
         M, cpu = len(x), jax.default_backend() == "cpu"
-        if M == 1 and cpu and self.way != "split" and (self.way == "sum" or x.dtype == jnp.bfloat16):
+        split = self.way.startswith("split")
+        if M == 1 and cpu and not split and (self.way == "sum" or x.dtype == jnp.bfloat16):
             x = jnp.concatenate([x, x])  # XLA has no fast code for one row: a bf16 product takes 15 times as long
         if self.way == "sum" and M <= FEW:
             y = jnp.sum(x.astype(jnp.float32)[:, None] * self.values.astype(jnp.float32), axis=-1)
-        elif self.way == "split":
-            y = split_product(x.astype(jnp.float32), self.values)
+        elif split:
+            y = split_product(x.astype(jnp.float32), self.values, self.way.removeprefix("split "))
         else:
-            dims = (((1,), (0 if self.way == "columns" else 1,)), ((), ()))
-            y = jax.lax.dot_general(x, self.values.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+            y = contracted(x, self.values.astype(x.dtype), self.way, jnp.float32)
         y = y[:M]
         y = y if self.scale is None else y * self.scale
         return y.reshape(*lead, -1)
 
 
-def split_product(x, values):  # MK NK -> MN
+def contracted(x, values, way: str, sums):  # MK NK (columns: KN) -> MN
+    """The matrix product, its sums in that dtype."""
+    if way == "left" and len(x) <= FEW:
+        y = jax.lax.dot_general(values, x, (((1,), (1,)), ((), ())), preferred_element_type=sums)
+        return jax.lax.optimization_barrier(y).T  # or XLA exchanges the factors again to be rid of the transpose
+    dims = (((1,), (0 if way == "columns" else 1,)), ((), ()))
+    return jax.lax.dot_general(x, values, dims, preferred_element_type=sums)
+
+
+def split_product(x, values, way: str):  # MK NK -> MN
     """x times int8 values, x as hi + lo / 254, both int8, times a scale a row."""
     M = len(x)
     high, scale = quantized(x)
     low = jnp.round((x / jnp.where(scale == 0, 1, scale) - high) * 254).astype(jnp.int8)
     parts = jnp.concatenate([high, low])
-    y = jax.lax.dot_general(parts, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    y = contracted(parts, values, way, jnp.int32)
     return (y[:M].astype(jnp.float32) + y[M:].astype(jnp.float32) / 254) * scale
 
 
-WAYS = {"float32": ("rows", "columns"), "bfloat16": ("rows", "columns", "sum"), "int8": ("split", "sum")}
+WAYS = {
+    "float32": ("rows", "left", "columns"),
+    "bfloat16": ("rows", "left", "columns", "sum"),
+    "int8": ("split", "split left", "sum"),
+}
 
 
 @functools.partial(

@@ -32,7 +32,7 @@ times = jax.jit(lambda weight, x: weight.times("", x))
 sums = jax.jit(lambda weight, x: weight.sums(x))
 
 
-@pytest.mark.parametrize("B, T", [(1, 1), (3, 4)])
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 4), (2, 40)])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_way_gives_the_product(name, B, T):
     x, w = factors(name, B, T)
@@ -62,9 +62,10 @@ def test_every_way_gives_the_product(name, B, T):
             np.testing.assert_allclose(y.astype(float), exact, atol=near)
 
 
-def test_split_gives_a_row_the_same_bits_in_any_batch():
+@pytest.mark.parametrize("way", ["split", "split left"])
+def test_split_gives_a_row_the_same_bits_in_any_batch(way):
     x, w = numbers(33, 1, 576) * np.logspace(-20, 15, 33, dtype=np.float32)[:, None, None], numbers(576, 192, seed=1)
-    weight = laid(QTensor(*quantized(w, (-2,)), ""), (-2,), "float32", "split")
+    weight = laid(QTensor(*quantized(w, (-2,)), ""), (-2,), "float32", way)
     together = np.asarray(sums(weight, x))
     for i in range(33):
         np.testing.assert_array_equal(sums(weight, x[i : i + 1])[0], together[i])
@@ -75,8 +76,9 @@ def test_split_gives_a_row_the_same_bits_in_any_batch():
     assert error.max() < 1e-4
 
 
-def test_split_of_nothing_and_of_damage():
-    weight = laid(QTensor(*quantized(numbers(24, 16), (-2,)), ""), (-2,), "float32", "split")
+@pytest.mark.parametrize("way", ["split", "split left"])
+def test_split_of_nothing_and_of_damage(way):
+    weight = laid(QTensor(*quantized(numbers(24, 16), (-2,)), ""), (-2,), "float32", way)
     x = np.zeros((3, 1, 24), np.float32)
     x[1, 0, 5], x[2, 0, 7] = np.nan, np.inf
     y = np.asarray(sums(weight, x))
@@ -101,7 +103,7 @@ def test_a_model_laid_out_gives_the_models_logits():
     assert half.dtype == jnp.float32 and np.abs(half - whole).max() < 0.08 * np.abs(whole).max()
     small = quantize(model, embedding=True)
     exact = forward(small_in_f32(small), ids)
-    for way, off in {"sum": 1e-4, "split": 5e-3}.items():  # of logits up to 5
+    for way, off in {"sum": 1e-4, "split": 5e-3, "split left": 5e-3}.items():  # of logits up to 5
         np.testing.assert_allclose(logits(relaid(small, "float32", way)), exact, atol=off)
 
 
@@ -145,11 +147,11 @@ def test_tiny_matrices_are_not_timed_and_large_ones_are(monkeypatch):
     assert not timed and lay_out(make(), "float32", 8).report == ""
     side = math.isqrt(TIMED)
     way, said = choose(numbers(side, side), (-2,), "float32", 4)
-    assert timed == [(way, (4, 1, side)) for way in WAYS["float32"]] and way == "rows" and "columns 2000.00 ms" in said
+    assert timed == [(way, (4, 1, side)) for way in WAYS["float32"]] and way == "rows" and "left 2000.00 ms" in said
 
 
 def test_the_fastest_is_taken(monkeypatch):
-    speed = {"rows": 3.0, "columns": 2.0, "sum": 1.0, "split": 4.0}
+    speed = {"rows": 3.0, "left": 5.0, "columns": 2.0, "sum": 1.0, "split": 4.0, "split left": 6.0}
     monkeypatch.setattr(layout, "seconds", lambda weight, x: speed[weight.way])
     monkeypatch.setattr(layout, "TIMED", 0)
     for dtype, expected in {"float32": "columns", "bfloat16": "sum"}.items():
@@ -163,7 +165,7 @@ def test_seconds_are_of_a_program_that_is_compiled():
     assert 0 < layout.seconds(laid(numbers(64, 32), (-2,), "float32", "rows"), numbers(1, 1, 64)) < 0.2
 
 
-@pytest.mark.parametrize("way, kind", [("rows", "f32"), ("columns", "f32"), ("split", "int8"), ("sum", "int8")])
+@pytest.mark.parametrize("way, kind", [("rows", "f32"), ("left", "f32"), ("columns", "f32"), ("split left", "int8"), ("sum", "int8")])
 def test_weights_beside_each_other_are_each_its_own(way, kind):
     ws = [numbers(37, n, 10, seed=n) for n in (9, 3, 3)]
     if kind == "int8":
