@@ -22,7 +22,7 @@ from smoljax import generation_config, jobs
 from smoljax.errors import DataError, UsageError, require, run
 
 FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-FLAGS += ("min_new_tokens", "logprobs")
+FLAGS += ("min_new_tokens", "logprobs", "prompt_logprobs")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--seed", type=int, default=0, help="of the samples; equal prompts give equal samples")
     a.add_argument("--n", type=int, default=1, metavar="N", help="samples a prompt, by seeds SEED ... SEED + N - 1")
     a.add_argument("--logprobs", type=int, metavar="N", help="of each token, and of the N likeliest; with --json")
-    a.add_argument("--prompt-logprobs", action="store_true", help="... of the prompt's tokens, too")
+    a.add_argument("--prompt-logprobs", action="store_true", default=None, help="... of the prompt's tokens, too")
     a.add_argument("--no-generation-config", action="store_true", help="leave the model's own settings aside")
     b = p.add_argument_group("how to run")
     b.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
@@ -85,7 +85,6 @@ def main(argv=None) -> int:
     from smoljax.layout import lay_out
     from smoljax.quantize import quantize
     from smoljax.sampling import Sampling
-    from smoljax.score import loglikelihoods
 
     bias = tuple(map(pair, args.logit_bias))
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
@@ -122,12 +121,6 @@ def main(argv=None) -> int:
         print(f"smoljax: laid out for {served.report}", file=sys.stderr)
     engines = [Engine(served, size, device=device, **options) for device in devices]
 
-    def prompt_logprobs(ids: list[int]) -> list:
-        (found,) = loglikelihoods(
-            loaded.model, [(ids[:1], ids[1:])], compute=Compute(dtype=args.dtype, loss_chunk=1024)
-        )
-        return [None, *found.logprobs.tolist()]
-
     with Answers(
         loaded,
         engines,
@@ -137,7 +130,6 @@ def main(argv=None) -> int:
         seed=args.seed,
         n=args.n,
         stop=stop,
-        prompt_logprobs=prompt_logprobs if args.prompt_logprobs else None,
         say=say if args.stream else None,
     ) as answers:
         if args.input:

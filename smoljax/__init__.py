@@ -6,7 +6,7 @@ _EXPORTS = {
     "SIZES": "config",
     "Train": "config",
     "SmolLM": "model",
-    "generate": "engine",
+    "generate": "generation",
     "load": "weights",
     "load_tokenizer": "weights",
 }

@@ -1,8 +1,12 @@
 """Rows of text through engines: {"prompt": text} or {"messages": [...]} in, the same with the model's text out."""
 
 import contextlib
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+
+import jax
 
 from smoljax import chat, engine
 from smoljax.engine import Completion, Engine, Request
@@ -35,7 +39,6 @@ class Answers:
       max_new_tokens, seed: for rows that have none of their own.
       n: samples of each row, by seeds seed ... seed + n - 1.
       stop: strings that end a row, and are not part of it.
-      prompt_logprobs: a function from ids to log-probabilities, where they are asked for.
       say: is called with each piece of text as it comes, of the only row.
     """
 
@@ -50,12 +53,11 @@ class Answers:
         seed: int = 0,
         n: int = 1,
         stop: tuple[str, ...] = (),
-        prompt_logprobs: Callable[[list[int]], list] | None = None,
         say: Callable[[str], None] | None = None,
     ):
         self.words, self.config, self.engines = loaded.tokenizer, loaded.config, engines
         self.conversations, self.system, self.max_new_tokens = conversations, system, max_new_tokens
-        self.seed, self.n, self.stop, self.prompt_logprobs, self.say = seed, n, stop, prompt_logprobs, say
+        self.seed, self.n, self.stop, self.say = seed, n, stop, say
         self.stack = contextlib.ExitStack()
         self.template = self.stack.enter_context(template(loaded)) if conversations else None
 
@@ -86,7 +88,7 @@ class Answers:
                     places.append((i, sample))
                     yield replace(wanted, seed=wanted.seed + sample, watch=row.texts[sample])
 
-        for number, completion in engine.across(self.engines, requests()):
+        for number, completion in across(self.engines, requests()):
             i, sample = places[number]
             row = at_work[i]
             row.done[sample] = completion
@@ -132,16 +134,60 @@ class Answers:
     def result(self, row: Row) -> dict:
         samples = [self.sample(text, done) for text, done in zip(row.texts, row.done, strict=True)]
         out = row.given | (samples[0] if self.n == 1 else {"samples": samples})
-        return out | ({"prompt_logprobs": self.prompt_logprobs(row.prompt)} if self.prompt_logprobs else {})
+        found = row.done[0].prompt_logprobs
+        return out if found is None else out | {"prompt_logprobs": [None, *map(written, found)]}
 
     def sample(self, text: Text, done: Completion) -> dict:
         out = {"text": text.whole(done.tokens), "tokens": done.tokens, "finish_reason": done.finish_reason}
         if done.logprobs is not None:
-            out["logprobs"] = [
-                {"logprob": own, "top": [list(pair) for pair in zip(ids, theirs, strict=True)]}
-                for own, ids, theirs in done.logprobs
-            ]
+            out["logprobs"] = [written(found) for found in done.logprobs]
         return out
+
+
+def written(found: tuple) -> dict:
+    """A token's log-probabilities, as a row of results has them."""
+    own, ids, theirs = found
+    return {"logprob": own, "top": [list(pair) for pair in zip(ids, theirs, strict=True)]}
+
+
+def across(engines: list[Engine], requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+    """One stream of requests through several engines, each on its own device and thread; numbered as they come."""
+    if len(engines) == 1:
+        yield from engines[0].run(requests)
+        return
+    source, lock, results = enumerate(requests), threading.Lock(), queue.Queue()
+
+    def work(engine: Engine):
+        numbers = []
+
+        def mine():
+            while True:
+                with lock:
+                    number, request = next(source, (None, None))
+                if request is None:
+                    return
+                numbers.append(number)
+                yield request
+
+        try:
+            with jax.default_device(engine.device):
+                for i, completion in engine.run(mine()):
+                    results.put((numbers[i], completion))
+            results.put(None)
+        except BaseException as e:  # said by the caller's thread
+            results.put(e)
+
+    for one in engines:
+        threading.Thread(target=work, args=(one,), daemon=True).start()
+    at_work = len(engines)
+    while at_work:
+        match results.get():
+            case None:
+                at_work -= 1
+            case BaseException() as e:
+                raise e
+            case found:
+                yield found
 
 
 def template(loaded: Weights) -> Template:

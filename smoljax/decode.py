@@ -147,16 +147,47 @@ def extended(model: Served, draft: Served | None, slots: Slots, tokens, offsets,
     return x, replace(slots, cache=cache, draft=mine)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
-def extend(model: Served, draft: Served | None, slots: Slots, tokens, offsets, rows) -> Slots:  # BT B B
-    """All but the last piece of prompts too long for one."""
-    return extended(model, draft, slots, tokens, offsets, rows)[1]
+def judged(model: Served, x, following, top: int):  # BTD BT -> BT BTn BTn
+    """sampling.logprobs of the tokens of a prompt that follow x. For about 1,024 at a time: logits are 200 kB each."""
+    B, T = following.shape
+    size = min(T, max(1, 1 << (1024 // B).bit_length() - 1))  # a power of two, as T is
+
+    def one(part):
+        x, ids = part
+        found = logprobs(head(model, x).reshape(B * size, -1), ids.reshape(-1), top)
+        return tuple(a.reshape(B, size, *a.shape[1:]) for a in found)
+
+    parts = tuple(a.reshape(B, T // size, size, *a.shape[2:]).swapaxes(0, 1) for a in (x, following))
+    return tuple(a.swapaxes(0, 1).reshape(B, T, *a.shape[3:]) for a in jax.lax.map(one, parts))
+
+
+@functools.partial(jax.jit, static_argnames="top", donate_argnames="slots")
+def extend(model: Served, draft: Served | None, slots: Slots, tokens, following, offsets, rows, top):  # BT BT B B
+    """All but the last piece of prompts too long for one: (slots, logprobs of the tokens `following` these)."""
+    x, slots = extended(model, draft, slots, tokens, offsets, rows)
+    return slots, None if following is None else judged(model, x, following, top)
 
 
 @functools.partial(jax.jit, static_argnames=("how", "eos"), donate_argnames="slots")
-def begin(model: Served, draft, slots: Slots, tokens, offsets, rows, lengths, seeds, limits, prompt, history, how, eos):
-    """The last piece of each prompt, padded on the right, and its first new token: (slots, B tokens, logprobs).
+def begin(
+    model: Served,
+    draft,
+    slots: Slots,
+    tokens,
+    following,
+    offsets,
+    rows,
+    lengths,
+    seeds,
+    limits,
+    prompt,
+    history,
+    how,
+    eos,
+):
+    """The last piece of each prompt, padded on the right, and its first new token.
 
+    Gives (slots, B tokens, their logprobs, those of the tokens that follow the prompt's).
     The head, a third of the 135M's arithmetic, is applied to each prompt's last token alone. A row beyond the slots is
     padding, and leaves no trace.
     """
@@ -173,7 +204,8 @@ def begin(model: Served, draft, slots: Slots, tokens, offsets, rows, lengths, se
     if history is not None:
         new["history"] = history.at[jnp.arange(len(rows)), lengths].set(token)
     slots = replace(slots, **{name: getattr(slots, name).at[rows].set(a) for name, a in new.items()})
-    return slots, token, None if how.logprobs is None else logprobs(logits, token, how.logprobs)
+    found = None if how.logprobs is None else logprobs(logits, token, how.logprobs)
+    return slots, token, found, None if following is None else judged(model, x, following, how.logprobs)
 
 
 @functools.partial(jax.jit, static_argnames=("rounds", "drafts", "how", "eos"), donate_argnames="slots")

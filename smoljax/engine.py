@@ -1,14 +1,12 @@
-"""Many requests through decode.py: slots that are filled again as their rows end. And `generate`, for a few.
+"""Many requests through decode.py: slots of a batch, filled again as their rows end.
 
 The host gives the device a fixed number of rounds at a time, and reads what came of them: no token waits for it.
 Lengths are padded to powers of two, so that a million prompts share a few compiled programs.
 """
 
 import operator
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -18,7 +16,6 @@ from smoljax.config import Compute, Model
 from smoljax.errors import DataError, UsageError, require
 from smoljax.layout import Served, lay_out
 from smoljax.sampling import DAMAGED, NONE, Sampling
-from smoljax.settings import meant
 
 LONGEST = 512  # tokens of a prompt that are read at a time: scores of all heads against 8,192 places are 150 MB
 SHORTEST = 32
@@ -38,6 +35,7 @@ class Completion:
     tokens: list[int]  # without the prompt, with the EOS that ended it
     finish_reason: str  # "stop" at an EOS or where `watch` said so, "length" at max_new_tokens
     logprobs: list | None = None  # of each token (its own, the likeliest ids, theirs); where Sampling asks for them
+    prompt_logprobs: list | None = None  # the same of the prompt's tokens but the first, which follows nothing
 
 
 @dataclass
@@ -48,6 +46,7 @@ class Row:
     request: Request
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
+    prompt_logprobs: list = field(default_factory=list)
     reason: str | None = None
 
     def take(self, tokens, found, eos: tuple):
@@ -63,7 +62,7 @@ class Row:
                 )
             self.tokens.append(token)
             if found is not None:
-                self.logprobs.append(tuple(part[i].tolist() for part in found))
+                self.logprobs.append(at(found, i))
             at_limit = len(self.tokens) == self.request.max_new_tokens
             self.reason = "stop" if token in eos else "length" if at_limit else None
         if self.request.watch and len(self.tokens) > new:
@@ -72,8 +71,9 @@ class Row:
                 del self.tokens[keep:], self.logprobs[keep:]
                 self.reason = "stop"
 
-    def completion(self, logprobs: bool) -> Completion:
-        return Completion(self.tokens, self.reason, self.logprobs if logprobs else None)
+    def completion(self, how: Sampling) -> Completion:
+        found = None if how.logprobs is None else self.logprobs
+        return Completion(self.tokens, self.reason, found, self.prompt_logprobs if how.prompt_logprobs else None)
 
 
 class Engine:
@@ -143,7 +143,7 @@ class Engine:
         for slot, row in enumerate(self.rows):
             if row and row.reason:
                 self.rows[slot] = None
-                yield row.number, row.completion(self.sampling.logprobs is not None)
+                yield row.number, row.completion(self.sampling)
 
     def fill(self) -> bool:
         """Requests into free slots; whether there is anything at work."""
@@ -175,14 +175,19 @@ class Engine:
         longest = max(lengths)
         rows = np.full(size, self.slots, np.int32)  # beyond the slots: padding
         rows[: len(group)] = slots
-        pieces = -(-longest // T)
-        tokens = np.zeros((size, pieces * T), np.int32)
+        tokens = np.zeros((size, -(-longest // T) * T), np.int32)
         for line, prompt in zip(tokens, prompts, strict=False):
             line[: len(prompt)] = prompt
-        at = np.zeros(size, np.int32)
-        for i in range(pieces - 1):  # a prompt longer than T is alone
-            self.state = decode.extend(self.model, self.draft, self.state, tokens[:, i * T : (i + 1) * T], at, rows)
-            at = at + T
+        following = np.roll(tokens, -1, axis=1) if self.sampling.prompt_logprobs else None
+        pieces = [
+            (tokens[:, i : i + T], None if following is None else following[:, i : i + T], np.full(size, i, np.int32))
+            for i in range(0, tokens.shape[1], T)
+        ]
+        read = []
+        for piece in pieces[:-1]:  # a prompt longer than T is alone
+            args = (*piece, rows, self.sampling.logprobs)
+            self.state, found = decode.extend(self.model, self.draft, self.state, *args)
+            read.append(found)
         seeds, limits = np.zeros(size, np.uint32), np.ones(size, np.int32)
         seeds[: len(group)] = [row.request.seed for row in group]
         limits[: len(group)] = [row.request.max_new_tokens for row in group]
@@ -194,10 +199,14 @@ class Engine:
         if self.state.history is not None:
             history = np.zeros((size, self.places), np.int32)
             history[:, : tokens.shape[1]] = tokens[:, : self.places]
-        args = (tokens[:, -T:], at, rows, lengths, seeds, limits, prompt, history, self.sampling, self.eos)
-        self.state, new, found = decode.begin(self.model, self.draft, self.state, *args)
-        new, found = jax.device_get((new, found))
+        args = (*pieces[-1], rows, lengths, seeds, limits, prompt, history, self.sampling, self.eos)
+        self.state, new, found, last = decode.begin(self.model, self.draft, self.state, *args)
+        new, found, read = jax.device_get((new, found, [*read, last]))
+        if following is not None:
+            read = [np.concatenate(parts, axis=1) for parts in zip(*read, strict=True)]
         for i, row in enumerate(group):
+            if following is not None:
+                row.prompt_logprobs = [at(read, (i, j)) for j in range(lengths[i] - 1)]
             row.take(new[i : i + 1].tolist(), None if found is None else [part[i : i + 1] for part in found], self.eos)
 
     def advance(self):
@@ -247,61 +256,9 @@ class Engine:
         )
 
 
-def generate(
-    model,
-    prompts: Sequence[Sequence[int]] | Sequence[str],
-    max_new_tokens: int = 64,
-    *,
-    tokenizer=None,
-    **options,
-) -> list[list[int]] | list[str]:
-    """What follows each prompt, without the prompt: ids for ids, texts for texts, which need a `tokenizer`.
-
-    `complete` says what the options are, and why each row ended. A text is without special tokens.
-    """
-    require(not isinstance(prompts, str), "prompts is one string; give a list of them")
-    texts = [isinstance(prompt, str) for prompt in prompts]
-    if not any(texts):
-        return [row.tokens for row in complete(model, prompts, max_new_tokens, **options)]
-    require(all(texts), "some prompts are strings, some are not; give one kind")
-    require(tokenizer is not None, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
-    rows = complete(model, [tokenizer.encode(text).ids for text in prompts], max_new_tokens, **options)
-    return [tokenizer.decode(row.tokens) for row in rows]
-
-
-ENGINE = ("eos", "compute", "cache", "drafts", "draft", "rounds")
-
-
-def complete(
-    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, seed=0, slots: int | None = None, **options
-) -> list[Completion]:
-    """Continue lists of token ids.
-
-    Args:
-      seed: one for all rows, or one a row. A row's sample is the same in any batch; so two equal prompts under one
-        seed give equal samples: for several samples of a prompt, give it several seeds.
-      slots: rows at a time, at most 64 by default.
-      options: the fields of Sampling (temperature, top_k, ...), and eos, compute, cache, drafts, draft of Engine.
-
-    Raises UsageError for a prompt or a setting that cannot be, DataError if the model's logits are not finite.
-    """
-    known = ENGINE + tuple(f.name for f in fields(Sampling))
-    for name in options:
-        require(name in known, f"no option {name!r}{meant(name, known)}; expected some of {', '.join(known)}")
-    engine = {name: options.pop(name) for name in ENGINE if name in options}
-    how = Sampling(**options)
-    prompts = [as_ids(i, prompt) for i, prompt in enumerate(prompts, start=1)]
-    seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
-    require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
-    new = whole(max_new_tokens, "max_new_tokens")
-    requests = [Request(prompt, new, whole(s, "seed")) for prompt, s in zip(prompts, seeds, strict=True)]
-    for i, request in enumerate(requests):
-        check(model.config, request, i)
-    if not prompts:
-        return []
-    slots = min(len(prompts), 64) if slots is None else slots
-    rows = dict(Engine(model, slots, sampling=how, **engine).run(requests))
-    return [rows[i] for i in range(len(prompts))]
+def at(found: Sequence[np.ndarray], index) -> tuple:
+    """One token's log-probabilities, of arrays of them: its own, the likeliest ids, theirs."""
+    return tuple(part[index].tolist() for part in found)
 
 
 def whole(value, name: str) -> int:
@@ -309,13 +266,6 @@ def whole(value, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise UsageError(f"{name} is {value!r:.60}, expected a whole number") from None
-
-
-def as_ids(number: int, prompt) -> list[int]:
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError:
-        raise UsageError(f"prompt {number} is {prompt!r:.60}, expected a list of token ids") from None
 
 
 def ids(eos) -> tuple[int, ...]:
@@ -349,43 +299,3 @@ def check(config: Model, request: Request, number: int):
         f"prompt {n} has {len(request.prompt)} tokens; with max_new_tokens = {new} that is beyond the model's "
         f"max_position_embeddings = {S}; shorten one of them",
     )
-
-
-def across(engines: list[Engine], requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-    """One stream of requests through several engines, each on its own device and thread; numbered as they come."""
-    if len(engines) == 1:
-        yield from engines[0].run(requests)
-        return
-    source, lock, results = enumerate(requests), threading.Lock(), queue.Queue()
-
-    def work(engine: Engine):
-        numbers = []
-
-        def mine():
-            while True:
-                with lock:
-                    number, request = next(source, (None, None))
-                if request is None:
-                    return
-                numbers.append(number)
-                yield request
-
-        try:
-            with jax.default_device(engine.device):
-                for i, completion in engine.run(mine()):
-                    results.put((numbers[i], completion))
-            results.put(None)
-        except BaseException as e:  # said by the caller's thread
-            results.put(e)
-
-    for engine in engines:
-        threading.Thread(target=work, args=(engine,), daemon=True).start()
-    at_work = len(engines)
-    while at_work:
-        match results.get():
-            case None:
-                at_work -= 1
-            case BaseException() as e:
-                raise e
-            case found:
-                yield found

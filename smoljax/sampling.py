@@ -29,6 +29,7 @@ class Sampling:
     logit_bias: tuple = ()  # of (id, what is added)
     min_new_tokens: int = 0  # before as many, none that ends a row
     logprobs: int | None = None  # log-probabilities by the model itself: of the token given, and of the n likeliest
+    prompt_logprobs: bool = False  # of the prompt's tokens, too
 
     def __post_init__(self):
         if isinstance(self.logit_bias, dict):
@@ -52,6 +53,7 @@ class Sampling:
         require(self.min_new_tokens >= 0, f"min_new_tokens is {self.min_new_tokens}, expected 0 or more")
         n = self.logprobs
         require(n is None or 0 <= n <= 100, f"logprobs is {n}, expected 0 to 100 of the likeliest tokens")
+        require(n is not None or not self.prompt_logprobs, "prompt_logprobs comes with logprobs, how many a token")
         if t == 0:
             for name in ("top_k", "top_p", "min_p"):
                 require(

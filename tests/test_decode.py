@@ -1,4 +1,4 @@
-"""decode.py's parts and the public API of engine.py: the cache, pieces of a prompt and padding change nothing."""
+"""decode.py's parts and the public API of generation.py: the cache, pieces of a prompt and padding change nothing."""
 
 import dataclasses
 
@@ -9,10 +9,10 @@ import pytest
 from test_hf import train_tokenizer
 from test_model import CONFIG, SHAPES, forward, make, tokens
 
-from smoljax import decode, engine
+from smoljax import decode, generation
 from smoljax.config import Compute
-from smoljax.engine import complete
 from smoljax.errors import DataError, UsageError
+from smoljax.generation import complete
 from smoljax.layout import lay_out
 from smoljax.quantize import quantize
 from smoljax.sampling import Sampling
@@ -105,7 +105,7 @@ def test_resized_keeps_what_is_seen(model, cache):
 
 
 def test_greedy_equals_the_model_asked_again_for_each_token(model):
-    for prompt, new in zip(PROMPTS, engine.generate(model, PROMPTS, 8, eos=()), strict=True):
+    for prompt, new in zip(PROMPTS, generation.generate(model, PROMPTS, 8, eos=()), strict=True):
         row = np.zeros((1, 32), np.int32)
         row[0, : len(prompt) + 8] = prompt + new
         best = np.asarray(forward(model, row)).argmax(-1)[0]
@@ -115,67 +115,69 @@ def test_greedy_equals_the_model_asked_again_for_each_token(model):
 @pytest.mark.parametrize("how", [{}, dict(temperature=1.5, top_k=40, top_p=0.9, seed=7)])
 def test_batch_equals_each_row_alone(model, how):
     how = how | {"eos": ()}  # so that no row ends early
-    together = engine.generate(model, PROMPTS, 8, **how)
-    assert together == [engine.generate(model, [prompt], 8, **how)[0] for prompt in PROMPTS]
-    assert together == engine.generate(model, PROMPTS, 8, **how)
-    assert together == engine.generate(model, PROMPTS, 8, slots=1, **how)
+    together = generation.generate(model, PROMPTS, 8, **how)
+    assert together == [generation.generate(model, [prompt], 8, **how)[0] for prompt in PROMPTS]
+    assert together == generation.generate(model, PROMPTS, 8, **how)
+    assert together == generation.generate(model, PROMPTS, 8, slots=1, **how)
     assert [len(row) for row in together] == [8] * 4
 
 
 def test_a_seed_for_each_row(model):
     how = dict(temperature=1.5, top_k=40, top_p=0.9, eos=())
-    rows = engine.generate(model, [PROMPTS[0]] * 4, 8, seed=np.array([1, 2**32 - 1, 1, 2**31]), **how)
+    rows = generation.generate(model, [PROMPTS[0]] * 4, 8, seed=np.array([1, 2**32 - 1, 1, 2**31]), **how)
     assert rows[0] == rows[2] and len({tuple(row) for row in rows}) == 3
 
 
 def test_ids_of_numpy_and_of_jax(model):
-    plain = engine.generate(model, PROMPTS, 8, eos=())
-    assert engine.generate(model, [np.array(p) for p in PROMPTS], 8, eos=()) == plain
-    assert engine.generate(model, [list(np.array(p, np.uint16)) for p in PROMPTS], 8, eos=()) == plain
-    assert engine.generate(model, tuple(tuple(p) for p in PROMPTS), 8, eos=(), seed=np.int64(3)) == plain
+    plain = generation.generate(model, PROMPTS, 8, eos=())
+    assert generation.generate(model, [np.array(p) for p in PROMPTS], 8, eos=()) == plain
+    assert generation.generate(model, [list(np.array(p, np.uint16)) for p in PROMPTS], 8, eos=()) == plain
+    assert generation.generate(model, tuple(tuple(p) for p in PROMPTS), 8, eos=(), seed=np.int64(3)) == plain
     assert all(type(token) is int for row in plain for token in row)
 
 
 def test_stops_at_eos(model):
-    free = engine.generate(model, PROMPTS, 8, eos=())
+    free = generation.generate(model, PROMPTS, 8, eos=())
     eos = free[0][3]
     rows = complete(model, PROMPTS, 8, eos=eos)
     for row, whole in zip(rows, free, strict=True):
         stop = whole.index(eos) + 1 if eos in whole else 8  # EOS itself is given, as transformers does
         assert row.tokens == whole[:stop] and row.finish_reason == ("stop" if eos in whole else "length")
     assert rows[0].finish_reason == "stop" and rows[0].tokens[-1] == eos
-    assert engine.generate(model, PROMPTS, 8, eos=(eos, 5)) == engine.generate(model, PROMPTS, 8, eos=[5, eos, 5])
+    assert generation.generate(model, PROMPTS, 8, eos=(eos, 5)) == generation.generate(
+        model, PROMPTS, 8, eos=[5, eos, 5]
+    )
 
 
 def test_the_models_own_end_unless_told_otherwise(model):
-    free = engine.generate(model, PROMPTS[:1], 8, eos=())
+    free = generation.generate(model, PROMPTS[:1], 8, eos=())
     assert len(free[0]) == 8
     own = jax.tree.map(lambda w: w, model)
     for eos in (free[0][3], (free[0][3], 299)):
         own.config = dataclasses.replace(CONFIG, eos_token_id=eos)
-        assert engine.generate(own, PROMPTS[:1], 8) == [free[0][: free[0].index(free[0][3]) + 1]]
+        assert generation.generate(own, PROMPTS[:1], 8) == [free[0][: free[0].index(free[0][3]) + 1]]
 
 
 def test_texts(model, tmp_path):
     words = train_tokenizer(tmp_path / "tokenizer.json")
     texts = ["def test", "import 3.14", "x"]
-    ids = engine.generate(model, [words.encode(text).ids for text in texts], 8)
-    assert engine.generate(model, texts, 8, tokenizer=words) == [words.decode(row) for row in ids]
+    ids = generation.generate(model, [words.encode(text).ids for text in texts], 8)
+    assert generation.generate(model, texts, 8, tokenizer=words) == [words.decode(row) for row in ids]
 
 
 def test_bfloat16_weights_and_arithmetic(model):
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), model)
     full = jax.tree.map(lambda w: w.astype(jnp.float32), half)
-    assert engine.generate(half, PROMPTS, 8, eos=()) == engine.generate(full, PROMPTS, 8, eos=())
-    row = engine.generate(half, PROMPTS[:1], 8, compute=Compute(dtype="bfloat16"))
+    assert generation.generate(half, PROMPTS, 8, eos=()) == generation.generate(full, PROMPTS, 8, eos=())
+    row = generation.generate(half, PROMPTS[:1], 8, compute=Compute(dtype="bfloat16"))
     assert 1 <= len(row[0]) <= 8 and half.embed.dtype == jnp.bfloat16
 
 
 def test_options_of_the_engine(model):
     """Drafts change nothing; int8 weights and cache go through; a model laid out is taken as it is."""
-    plain = engine.generate(model, PROMPTS, 8, eos=())
-    assert engine.generate(model, PROMPTS, 8, eos=(), drafts=2) == plain
-    assert engine.generate(lay_out(model, "float32", 4), PROMPTS, 8, eos=()) == plain
+    plain = generation.generate(model, PROMPTS, 8, eos=())
+    assert generation.generate(model, PROMPTS, 8, eos=(), drafts=2) == plain
+    assert generation.generate(lay_out(model, "float32", 4), PROMPTS, 8, eos=()) == plain
     rows = complete(quantize(model), PROMPTS, 8, eos=(), cache="int8", logprobs=1)
     assert [len(row.logprobs) for row in rows] == [8] * 4 and rows[0].tokens[0] == plain[0][0]
 
@@ -183,7 +185,7 @@ def test_options_of_the_engine(model):
 def test_one_layer():
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     model = make(config)
-    new = engine.generate(model, PROMPTS[:1], 8, eos=())[0]
+    new = generation.generate(model, PROMPTS[:1], 8, eos=())[0]
     best = np.asarray(forward(model, np.array([PROMPTS[0] + new]))).argmax(-1)[0]
     assert new == best[2:10].tolist()
 
@@ -217,15 +219,15 @@ def test_one_layer():
 )
 def test_refusals(model, prompts, options, sentence):
     with pytest.raises(UsageError) as e:
-        engine.generate(model, prompts, **{"max_new_tokens": 4} | options)
+        generation.generate(model, prompts, **{"max_new_tokens": 4} | options)
     assert sentence in str(e.value)
 
 
 def test_no_prompts(model):
-    assert engine.generate(model, [], 4) == [] and complete(model, [], 4) == []
+    assert generation.generate(model, [], 4) == [] and complete(model, [], 4) == []
 
 
 def test_damaged_weights_are_said(model):
     broken = jax.tree.map(lambda w: w * jnp.nan, model)
     with pytest.raises(DataError, match="logits of prompt 1 are not finite"):
-        engine.generate(broken, [[1]], 8, eos=())
+        generation.generate(broken, [[1]], 8, eos=())

@@ -14,8 +14,9 @@ from test_model import forward, make
 
 from smoljax import decode, engine
 from smoljax.config import Compute, Model
-from smoljax.engine import LONGEST, Completion, Engine, Request, bucket, complete
+from smoljax.engine import LONGEST, Completion, Engine, Request, bucket
 from smoljax.errors import DataError, UsageError
+from smoljax.generation import complete
 from smoljax.layout import lay_out
 from smoljax.quantize import quantize
 from smoljax.sampling import Sampling
@@ -167,6 +168,36 @@ def test_logprobs_are_the_models(model, served):
         for token, (own, which, top), line in zip(row.tokens, row.logprobs, jax.nn.log_softmax(logits), strict=True):
             np.testing.assert_allclose([own, *top], line[np.array([token, *which])], atol=1e-4)
             assert which == np.argsort(-line)[:2].tolist()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_prompt_logprobs_are_the_models(model, served, int8):
+    requests = [Request(prompt(n, n), 2) for n in (1, 5, 30, 1300, 64)]  # a group, one in pieces
+    if int8:  # by the weights that are asked
+        model = quantize(model)
+        served = lay_out(model, "float32", 3)
+    how = Sampling(logprobs=2, prompt_logprobs=True)
+    rows = results(Engine(served, 3, sampling=how, **GREEDY), requests)
+    for row, request in zip(rows, requests, strict=True):
+        lines = jax.nn.log_softmax(forward(model, np.array([request.prompt]))[0])
+        assert len(row.prompt_logprobs) == len(request.prompt) - 1 and len(row.logprobs) == 2
+        for token, (own, which, top), line in zip(request.prompt[1:], row.prompt_logprobs, lines, strict=False):
+            np.testing.assert_allclose([own, *top], line[np.array([token, *which])], atol=0.05 if int8 else 1e-4)
+            assert int8 or which == np.argsort(-line)[:2].tolist()
+    assert rows[1].tokens == results(Engine(served, 1, **GREEDY), requests[1:2])[0].tokens
+    with pytest.raises(UsageError, match="comes with logprobs"):
+        Sampling(prompt_logprobs=True)
+
+
+def test_prompt_logprobs_in_parts_are_those_of_the_whole(served):
+    x = np.random.default_rng(0).normal(size=(80, 32, TINY.hidden_size)).astype(np.float32)
+    following = np.random.default_rng(1).integers(0, TINY.vocab_size, (80, 32))
+    found = jax.jit(decode.judged, static_argnums=3)(served, x, following, 3)
+    assert [a.shape for a in found] == [(80, 32), (80, 32, 3), (80, 32, 3)]
+    logp = jax.nn.log_softmax(decode.head(served, x))
+    np.testing.assert_allclose(found[0], np.take_along_axis(logp, following[:, :, None], 2)[:, :, 0], atol=1e-5)
+    np.testing.assert_allclose(found[2], -np.sort(-logp)[:, :, :3], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(logp, found[1], 2), found[2], atol=1e-5)
 
 
 def test_requests_are_taken_as_slots_come_free(served):

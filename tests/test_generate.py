@@ -16,8 +16,8 @@ from test_model import CONFIG, make
 
 from infer import generate
 from smoljax import generation_config, hf, jobs
-from smoljax.engine import complete
 from smoljax.errors import DataError, UsageError, run
+from smoljax.generation import complete
 from smoljax.streaming import Text
 
 TEXTS = ["def test", "import 3.14", "return", "x  12"]
@@ -68,8 +68,9 @@ def test_samples_and_logprobs(folder, words, capsys):
         for found in sample["logprobs"]:
             (_, first), (_, second) = found["top"]
             assert 0 > first >= second and found["logprob"] <= first
-    assert row["prompt_logprobs"][0] is None and all(p < 0 for p in row["prompt_logprobs"][1:])
-    assert len(row["prompt_logprobs"]) == len(words.encode(TEXTS[0]).ids)
+    first, *found = row["prompt_logprobs"]
+    assert first is None and len(found) == len(words.encode(TEXTS[0]).ids) - 1
+    assert all(p["logprob"] <= p["top"][0][1] < 0 and len(p["top"]) == 2 for p in found)
 
 
 def test_stop_strings(folder, words, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_model import SHAPES, forward, make, tokens
 
-from smoljax import engine, hf
+from smoljax import generation, hf
 from smoljax.config import Data, Optim, Train
 from smoljax.optim import wsd
 from smoljax.step import init_state, train_step
@@ -147,7 +147,7 @@ def test_greedy_generation_is_the_same(tmp_path):
     other = theirs(model, model.config, tmp_path / "hf")
     for prompt in ([5], [7, 8, 9], tokens(40).tolist()):
         expected = other.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
-        assert engine.generate(model, [prompt], 24) == [expected[0, len(prompt) :].tolist()]
+        assert generation.generate(model, [prompt], 24) == [expected[0, len(prompt) :].tolist()]
 
 
 def test_tokenizer_loads_in_transformers(tmp_path):
