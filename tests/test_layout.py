@@ -165,7 +165,9 @@ def test_seconds_are_of_a_program_that_is_compiled():
     assert 0 < layout.seconds(laid(numbers(64, 32), (-2,), "float32", "rows"), numbers(1, 1, 64)) < 0.2
 
 
-@pytest.mark.parametrize("way, kind", [("rows", "f32"), ("left", "f32"), ("columns", "f32"), ("split left", "int8"), ("sum", "int8")])
+@pytest.mark.parametrize(
+    "way, kind", [("rows", "f32"), ("left", "f32"), ("columns", "f32"), ("split left", "int8"), ("sum", "int8")]
+)
 def test_weights_beside_each_other_are_each_its_own(way, kind):
     ws = [numbers(37, n, 10, seed=n) for n in (9, 3, 3)]
     if kind == "int8":
