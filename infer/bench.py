@@ -1,18 +1,21 @@
-"""Generation speed here, on random prompts; a duel with transformers on the same weights and prompts.
+"""Generation speed here, on random prompts; a duel with transformers or llama.cpp on the same weights and prompts.
 
     smoljax bench-decode --model smollm2-135m --batch 1 --prompt-tokens 64 --new-tokens 128
     smoljax bench-decode --model smollm2-135m --batch 8 --dtype int8 --against transformers --json
+    smoljax bench-decode --model smollm2-135m --against llama.cpp --llama-cpp FOLDER --json
     smoljax bench-decode --suite                         # tables and JSON, or some parts: --suite decode,layout
 
 From an uninstalled checkout: python -m infer.bench. Nothing but JAX, flax, optax and numpy is needed for random
-weights; the duel needs torch, transformers, tokenizers, safetensors and einops too. What was measured for smoljax is in
-docs/benchmarks.
+weights. The duel with transformers needs torch, transformers, tokenizers, safetensors and einops too; the one with
+llama.cpp gguf, tokenizers, safetensors, einops, Node.js and a folder where `npm install --ignore-scripts
+node-llama-cpp@3.22.1` was run. What was measured for smoljax is in docs/benchmarks.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 from smoljax import settings
@@ -21,6 +24,7 @@ from smoljax.errors import require, run
 from smoljax.settings import meant
 
 DTYPES = ("float32", "bfloat16", "int8", "int8-embedding")
+MODULE, INSTALL = "node_modules/node-llama-cpp", "npm install --ignore-scripts node-llama-cpp@3.22.1"
 
 
 def main(argv=None) -> int:
@@ -36,11 +40,18 @@ def main(argv=None) -> int:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
     parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="of each row (default: 64)")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each row (default: 128)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: float32 on a CPU, else bfloat16; int8-embedding, which is like Q8_0, against llama.cpp",
+    )
     parser.add_argument("--cache", choices=["int8"], help="of keys and values (default: the arithmetic's dtype)")
     parser.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round, looked up and checked")
     parser.add_argument("--windows", type=int, default=5, metavar="N", help="timed runs, the median counts")
-    parser.add_argument("--against", choices=["transformers"], help="the same prompts there too, in turn: A B A B")
+    parser.add_argument(
+        "--against", choices=["transformers", "llama.cpp"], help="the same prompts there too, in turn: A B A B"
+    )
+    parser.add_argument("--llama-cpp", metavar="FOLDER", help=f"for --against llama.cpp: where `{INSTALL}` was run")
     parser.add_argument(
         "--suite", nargs="?", const="all", metavar="PARTS", help="tables; or some: decode,prefill,layout,bandwidth"
     )
@@ -55,6 +66,7 @@ def main(argv=None) -> int:
     for name in ("dtype", "cache", "drafts", "json"):
         given = args.suite and getattr(args, name)
         require(not given, f"--{name} is not for --suite, which has rows of each dtype and writes JSON to --out")
+    check_llama_cpp(args)
     if args.against:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are on one GPU
     own = configured(args)
@@ -68,14 +80,20 @@ def main(argv=None) -> int:
         return 0
 
     fits(args, model.config)
-    config, dtype, N = dataclasses.asdict(model.config), args.dtype or decode_measure.usual(), args.new_tokens
+    usual = "int8-embedding" if args.against == "llama.cpp" else decode_measure.usual()
+    config, dtype, N = dataclasses.asdict(model.config), args.dtype or usual, args.new_tokens
     around = measure.surroundings() | {"model": args.model, "dtype": dtype, "cache": args.cache, "drafts": args.drafts}
     around |= {"batch": args.batch, "prompt_tokens": args.prompt_tokens, "new_tokens": N, "windows": args.windows}
-    if args.against:
-        from smoljax.decode_duel import duel
+    how = (args.prompt_tokens, N, dtype, args.cache, args.drafts, args.windows)
+    if args.against == "transformers":
+        from smoljax import decode_duel
 
-        peer = Path(__file__).with_name("bench_peer.py")
-        result = duel(model, peer, args.batch, args.prompt_tokens, N, dtype, args.cache, args.drafts, args.windows)
+        result = decode_duel.duel(model, Path(__file__).with_name("bench_peer.py"), args.batch, *how)
+    elif args.against == "llama.cpp":
+        from smoljax import decode_llama_cpp
+
+        program = Path(__file__).with_name("bench_llama_cpp.mjs")
+        result = decode_llama_cpp.duel(model, program, Path(args.llama_cpp), *how)
     else:
         prompts = decode_measure.random_prompts(model.config, args.batch, args.prompt_tokens)
         served = decode_measure.served(model, dtype, args.batch * (1 + args.drafts))
@@ -87,6 +105,19 @@ def main(argv=None) -> int:
     if args.json:
         print(json.dumps(result))
     return 0
+
+
+def check_llama_cpp(args):
+    """A UsageError unless the duel with llama.cpp can be, where it is asked for."""
+    folder = args.llama_cpp
+    if args.against != "llama.cpp":
+        require(folder is None, "--llama-cpp is for --against llama.cpp")
+        return
+    require(folder, f"--against llama.cpp needs --llama-cpp FOLDER, a folder where `{INSTALL}` was run")
+    found = (Path(folder) / MODULE / "package.json").is_file()
+    require(found, f"--llama-cpp {folder} holds no {MODULE}; run `{INSTALL}` there")
+    require(shutil.which("node"), "--against llama.cpp needs Node.js, and there is no program node; install it")
+    require(args.batch == 1, f"--batch is {args.batch}, expected 1 for --against llama.cpp: it continues one row")
 
 
 def configured(args):

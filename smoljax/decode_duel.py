@@ -65,32 +65,55 @@ def duel(
     out; on a CPU each takes the number of threads that is fastest for it, and `load` says who else was at work before.
     `tokens_agree`: how many leading tokens are transformers' in f32, in the row that differs first.
     """
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    if load > cores / 4:
-        print(
-            f"smoljax: the load of this machine is {load:.1f} on {cores} cores: others are at work, and threads of "
-            "torch that wait for each other may take ten times as long; measure again when it is idle",
-            file=sys.stderr,
-        )
-    prompts = random_prompts(model.config, batch, prompt_tokens)
-    asked = named(dtype, cache)
-    forms = [(dtype, cache), ("float32", None), ("bfloat16", None), ("int8", None), ("int8", "int8")]
-    forms = dict.fromkeys([*forms, ("int8-embedding", None)])
-    kept = {kind: served(model, kind, batch * (1 + drafts)) for kind in dict.fromkeys(kind for kind, _ in forms)}
-    ours = {named(kind, c): Generation(kept[kind], prompts, c, drafts) for kind, c in forms}
+    load, cores = loaded(), len(os.sched_getaffinity(0))
+    prompts, asked = random_prompts(model.config, batch, prompt_tokens), named(dtype, cache)
+    ours = generations(model, prompts, dtype, cache, drafts)
     with tempfile.TemporaryDirectory() as place:
         hf.write(Path(place), exchange.of_model(model, model.config), "float32")
         setup = {"folder": place, "prompts": prompts, "platform": jax.default_backend()}
         theirs, versions = peers(program, setup | {"threads": cores}, new_tokens)
     agree, apart = alike(ours, theirs, new_tokens)
-    sides = ours | theirs
+    taken, found = in_turn(ours, theirs, agree, new_tokens, windows)
+    equal = f"transformers {arithmetic(dtype)}"
+    against = best(found, [name for name in theirs if name.startswith(equal)])
+    result = ratios(taken, found, ours, theirs, asked, against)
+    if dtype.startswith("int8"):
+        result["against"] += f" ({usual()} is the usual precision here)"
+    result |= {"tokens_agree": agree["smoljax float32"], "logprob_difference": apart}
+    return result | {"peer_versions": versions, "load": load} | found
+
+
+def loaded() -> float:
+    """The machine's load; others at work are said on stderr."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if load > cores / 4:
+        print(
+            f"smoljax: the load of this machine is {load:.1f} on {cores} cores: others are at work, and threads of "
+            "the peer that wait for each other may take ten times as long; measure again when it is idle",
+            file=sys.stderr,
+        )
+    return load
+
+
+def generations(model: SmolLM, prompts: list, dtype: str, cache: str | None, drafts: int) -> dict[str, Generation]:
+    """Ours: what is asked for, and every precision beside it."""
+    forms = [(dtype, cache), ("float32", None), ("bfloat16", None), ("int8", None), ("int8", "int8")]
+    forms = dict.fromkeys([*forms, ("int8-embedding", None)])
+    rows = len(prompts) * (1 + drafts)
+    kept = {kind: served(model, kind, rows) for kind in dict.fromkeys(kind for kind, _ in forms)}
+    return {named(kind, c): Generation(kept[kind], prompts, c, drafts) for kind, c in forms}
+
+
+def in_turn(ours: dict, theirs: dict, agree: dict, new_tokens: int, windows: int) -> tuple[dict, dict]:
+    """The windows of each side, taken beside the others', and its figures; then the peers end."""
     for side in ours.values():
         side.timed(1)  # compiles the shorter run
+    sides, prompts = ours | theirs, next(iter(ours.values())).prompts
     taken = {name: [] for name in sides}
     for _ in range(windows):
         for name, side in sides.items():
             taken[name].append(window(side, new_tokens))
-    found = {name: figures(parts, batch, prompt_tokens, new_tokens) for name, parts in taken.items()}
+    found = {name: figures(parts, len(prompts), len(prompts[0]), new_tokens) for name, parts in taken.items()}
     for name in sides:
         found[name]["tokens_agree"] = agree[name]
     for name, side in theirs.items():
@@ -98,32 +121,36 @@ def duel(
         side.peer.end()
     for name, side in ours.items():
         found[name]["layout"] = side.engine.model.report
+    return taken, found
 
-    def best(names, figure="wall_s") -> str:
-        return min(names, key=lambda name: found[name][figure])
+
+def best(found: dict, names, figure: str = "wall_s") -> str:
+    return min(names, key=lambda name: found[name][figure])
+
+
+def ratios(taken: dict, found: dict, ours: dict, theirs: dict, asked: str, against: str) -> dict:
+    """How many times faster `asked` is than `against`, and our fastest than theirs."""
 
     def ratio(their: str, our: str, figure) -> float:
         pairs = zip(taken[their], taken[our], strict=True)
         return statistics.median(figure(a) / figure(b) for a, b in pairs)
 
-    equal = f"transformers {arithmetic(dtype)}"
-    against = best([name for name in theirs if name.startswith(equal)])
-    fastest, rival = best(ours), best(theirs)
+    fastest, rival = best(found, ours), best(found, theirs)
+    least, their_least = best(found, ours, "cpu_s_per_token"), best(found, theirs, "cpu_s_per_token")
     result = {
         "speedup": ratio(against, asked, wall),
         "speedup_cpu_seconds": ratio(against, asked, cpu),
         "ours": asked,
-        "against": against + (f" ({usual()} is the usual precision here)" if dtype.startswith("int8") else ""),
+        "against": against,
         "speedup_best": ratio(rival, fastest, wall),
-        "speedup_best_cpu_seconds": ratio(best(theirs, "cpu_s_per_token"), best(ours, "cpu_s_per_token"), cpu),
+        "speedup_best_cpu_seconds": ratio(their_least, least, cpu),
         "best_dtype": fastest.removeprefix("smoljax "),
         "best_against": rival,
     }
-    if new_tokens > 1:
+    if len(taken[asked][0][3][0]) > 1:  # new tokens
         result["speedup_decode"] = ratio(against, asked, alone)
         result["speedup_best_decode"] = ratio(rival, fastest, alone)
-    result |= {"tokens_agree": agree["smoljax float32"], "logprob_difference": apart}
-    return result | {"peer_versions": versions, "load": load} | found
+    return result
 
 
 def wall(part) -> float:

@@ -89,14 +89,17 @@ def arrays(model) -> dict:
 
 
 class Peer:
-    """train/bench_peer.py at work, until `end`."""
+    """A program at work beside ours, until `end`: a JSON line in, a JSON line out. By default one of transformers."""
 
     def __init__(self, program: Path, setup: dict):
-        self.kind, self.peak_gb = setup["kind"], None
-        self.process = subprocess.Popen(
-            [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.peak_gb = None
+        needs = "it needs torch and transformers: pip install torch transformers"
+        self.start(f"transformers ({setup['kind']})", needs, sys.executable, str(program))
         self.versions = self.ask(setup)["versions"]
+
+    def start(self, name: str, needs: str, *command: str):
+        self.name, self.needs = name, needs
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, what: dict) -> dict:
         line = ""
@@ -106,10 +109,8 @@ class Peer:
         except BrokenPipeError:
             pass
         if not line:
-            raise Error(
-                f"transformers ({self.kind}) ended with exit code {self.process.wait()}, what it said is above; "
-                "it needs torch and transformers: pip install torch transformers"
-            )
+            code = self.process.wait()
+            raise Error(f"{self.name} ended with exit code {code}, what it said is above; {self.needs}")
         return json.loads(line)
 
     def timed(self, n: int, steps: int) -> tuple[float, float, list[float]]:

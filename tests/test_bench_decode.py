@@ -1,6 +1,8 @@
 """`smoljax bench-decode`: its arithmetic, what it needs, the duel's fairness, and its mistakes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,17 +10,33 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from infer.bench import DTYPES, main
-from smoljax import decode_duel, decode_measure, decode_suite, exchange, hf, layout, quantize, settings, suite
+from smoljax import (
+    decode_duel,
+    decode_llama_cpp,
+    decode_measure,
+    decode_suite,
+    exchange,
+    gguf,
+    gguf_header,
+    hf,
+    layout,
+    quantize,
+    settings,
+    suite,
+    weights,
+)
 from smoljax.config import SIZES, Train
 from smoljax.errors import Error, run
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "model.head_dim=16"]
 TINY += ["model.num_attention_heads=4", "model.num_key_value_heads=2", "model.vocab_size=512"]
-ARGS = ["--batch", "2", "--prompt-tokens", "8", "--new-tokens", "12", "--windows", "2", "--json"]
+SHORT = ["--prompt-tokens", "8", "--new-tokens", "12", "--windows", "2", "--json"]
+ARGS = ["--batch", "2", *SHORT]
 
 
 @cache
@@ -138,6 +156,144 @@ def test_a_peer_that_cannot_start_is_one_sentence(tmp_path):
         decode_duel.peers(tmp_path / "peer.py", {"platform": "cpu"}, 1)
 
 
+# What bench_llama_cpp.mjs asks of node-llama-cpp; an id is 400 and its place.
+NODE_LLAMA_CPP = """
+export const LlamaLogLevel = {error: "error"};
+const sequence = (threads) => ({
+  kept: [],
+  async clearHistory() { this.kept = []; },
+  async *evaluate(prompt, {temperature, yieldEogToken}) {
+    if (this.kept.length || temperature !== 0 || !yieldEogToken) throw new Error("another run's");
+    this.kept = [...prompt];
+    for (;;) {
+      const begun = performance.now();
+      while (performance.now() - begun < threads) ;  // milliseconds: the fewest threads are the fastest
+      this.kept.push(400 + this.kept.length);
+      yield this.kept.at(-1);
+    }
+  },
+});
+const model = {
+  createContext: async ({contextSize, threads: {ideal}}) => ({
+    getSequence: () => sequence(ideal), dispose: async () => {},
+  }),
+};
+export async function getLlama({gpu, build}) {
+  if (gpu !== false || build !== "never") throw new Error("another llama.cpp");
+  return {llamaCppRelease: {release: "b0"}, loadModel: async () => model, dispose: async () => {}};
+}
+"""
+
+
+@pytest.fixture
+def installed(tmp_path) -> Path:
+    """A folder as `npm install` leaves it, whose llama.cpp counts."""
+    module = tmp_path / "node_modules/node-llama-cpp"
+    (module / "dist").mkdir(parents=True)
+    (module / "package.json").write_text('{"type": "module", "version": "0.0.0"}')
+    (module / "dist/index.js").write_text(NODE_LLAMA_CPP)
+    return tmp_path
+
+
+@pytest.fixture
+def node():
+    if not shutil.which("node"):
+        pytest.skip("THE DUEL WITH LLAMA.CPP WAS NOT TESTED: there is no program node")
+
+
+def against_llama_cpp(folder) -> list[str]:
+    return ["--against", "llama.cpp", "--llama-cpp", str(folder)]
+
+
+def test_the_duel_with_llama_cpp_by_one_that_counts(node, installed, capsys):
+    assert main([*SHORT, *against_llama_cpp(installed), *TINY]) == 0
+    result = last_line(capsys.readouterr().out)
+    theirs = result["llama.cpp Q8_0"]
+    assert theirs["threads"] == 1 and theirs["tokens_agree"] == 12 and result["tokens_agree"] == 0
+    assert result["likeliest_agree"] < 12
+    assert 12 * 1e-3 < theirs["wall_s"] and theirs["tokens_per_s"] == pytest.approx(12 / theirs["wall_s"])
+    assert theirs["cpu_s_per_token"] > 0 and theirs["decode_tokens_per_s"] < 1e3
+    versions = result["peer_versions"]
+    assert (versions["llama.cpp"], versions["node-llama-cpp"]) == ("b0", "0.0.0") and versions["node"]
+    assert (result["dtype"], result["ours"], result["against"]) == (
+        "int8-embedding",
+        "smoljax int8-embedding",
+        "llama.cpp Q8_0",
+    )
+
+
+def test_the_duel_with_llama_cpp(node, capsys):
+    folder = os.environ.get("LLAMA_CPP")
+    if not folder:
+        pytest.skip(
+            "LLAMA.CPP WAS NOT TIMED: npm install --ignore-scripts node-llama-cpp@3.22.1 in a folder, and set LLAMA_CPP"
+        )
+    assert main([*SHORT, *against_llama_cpp(folder), "--dtype", "int8", "--cache", "int8", *TINY]) == 0
+    result = last_line(capsys.readouterr().out)
+    assert result["ours"] == "smoljax int8, cache int8" and result["speedup"] > 0 and result["speedup_best"] > 0
+    assert 1 <= result["smoljax float32"]["tokens_agree"] <= 12  # the same model, but for what Q8_0 rounds
+    assert (
+        result["llama.cpp Q8_0"]["threads"] >= 1 and {"llama.cpp", "node-llama-cpp"} <= result["peer_versions"].keys()
+    )
+
+
+@pytest.mark.parametrize("new_tokens", [1, 12])
+def test_how_many_tokens_are_the_likeliest_after_the_same_ones(new_tokens):
+    own = decode_measure.Generation(decode_measure.served(model(), "int8", 1), [[5, 6, 7]], "int8")
+    (row,) = own.timed(new_tokens)[2]
+    assert decode_llama_cpp.likeliest_agree(own, row) == new_tokens
+    assert decode_llama_cpp.likeliest_agree(own, [*row[:-1], (row[-1] + 1) % 512]) == new_tokens - 1
+
+
+def test_what_llama_cpp_reads_is_the_model_in_q8_0(tmp_path):
+    path = decode_llama_cpp.q8_0(tmp_path, model())
+    kinds = {tensor.type.name for tensor in gguf_header.read_header(path).tensors.values() if len(tensor.shape) > 1}
+    assert kinds == {"Q8_0"}  # the embedding, too
+    source, back = (
+        exchange.of_model(model(), model().config),
+        exchange.of_model(weights.read(path).model, model().config),
+    )
+    for name, shape in exchange.shapes(model().config).items():
+        given = source.tensor(name)
+        if len(shape) > 1:
+            given = gguf.rounded(given, "q8_0")
+        assert np.array_equal(back.tensor(name), given), name
+
+
+@pytest.mark.parametrize(
+    "does, code, sentence",
+    [
+        (
+            'throw new Error("no binary\\nat all")',
+            2,
+            "llama.cpp does not start (no binary); install node-llama-cpp there",
+        ),
+        ("process.exit(7)", 1, "smoljax: llama.cpp Q8_0 ended with exit code 7, what it said is above; it needs"),
+    ],
+)
+def test_a_llama_cpp_that_cannot_start_is_one_sentence(does, code, sentence, node, installed, capsys):
+    index = installed / "node_modules/node-llama-cpp/dist/index.js"
+    index.write_text(f"export const LlamaLogLevel = {{}};\nexport async function getLlama() {{ {does} }}")
+    assert run(main, [*SHORT, *against_llama_cpp(installed), *TINY]) == code
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_mistakes_about_llama_cpp(installed, capsys, monkeypatch):
+    def said(argv) -> str:
+        assert run(main, argv) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1
+        return err
+
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "needs Node.js, and there is no program node; install it" in said(against_llama_cpp(installed))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert "--batch is 2, expected 1 for --against llama.cpp" in said([*ARGS, *against_llama_cpp(installed)])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(Error, match="is for a CPU, and JAX has a gpu here; set JAX_PLATFORMS=cpu"):
+        decode_llama_cpp.duel(model(), Path("peer.mjs"), installed, 8, 12, "int8")
+
+
 def test_the_suite_writes_what_it_has_and_goes_on_after_a_row_that_fails(tmp_path, capsys, monkeypatch):
     def fails():
         raise MemoryError("too large for this machine")
@@ -194,6 +350,9 @@ def test_weights_of_a_folder(tmp_path, capsys):
         (["--drafts", "17"], "--drafts is 17, expected at most 16"),
         (["--prompt-tokens", "8000", "--new-tokens", "193"], "are 8193 positions, more than the model's 8192"),
         (["--against", "transformers", "--suite"], "--against, --suite: one of them"),
+        (["--against", "llama.cpp"], "--against llama.cpp needs --llama-cpp FOLDER, a folder where `npm install"),
+        (["--llama-cpp", "/no/folder"], "--llama-cpp is for --against llama.cpp"),
+        (["--against", "llama.cpp", "--llama-cpp", "/no/folder"], "--llama-cpp /no/folder holds no node_modules/node"),
         (["--suite", "decoed"], "--suite decoed; did you mean 'decode'"),
         (["--suite", "--dtype", "int8"], "--dtype is not for --suite"),
         (["compute.dtype=float32"], "unknown setting 'compute.dtype=float32'; expected model.NAME=VALUE"),

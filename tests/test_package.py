@@ -48,6 +48,7 @@ def test_wheel_holds_smoljax_alone(wheel):
     assert tops - info == {"smoljax"} and len(info) == 1
     ours = {f"smoljax/{f.name}" for f in (REPO / "smoljax").glob("*.py")}
     ours |= {f"smoljax/{p}/{f.name}" for p in ("train", "infer", "configs") for f in (REPO / p).glob("*.py")}
+    ours.add("smoljax/infer/bench_llama_cpp.mjs")
     assert {name for name in names if name.startswith("smoljax/")} == ours
     assert any(name.endswith("LICENSE") for name in names)
 
