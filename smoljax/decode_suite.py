@@ -5,14 +5,12 @@ the cache, all places of it, against the best sum or copy of an f32 matrix here.
 """
 
 import gc
-import math
 
 import jax
-import jax.numpy as jnp
 
 from smoljax import suite
 from smoljax.decode_measure import DTYPES, Generation, arithmetic, bandwidth, random_prompts, rounds, served
-from smoljax.layout import WAYS, laid, seconds
+from smoljax.layout import GROUPS, WAYS, seconds
 from smoljax.model import SmolLM
 from smoljax.quantize import MATRICES, quantize
 
@@ -78,24 +76,20 @@ def reading(model: SmolLM, dtype: str, batch: int, length: int):
 
 
 def layout(model: SmolLM):
-    """Every way to multiply with each of the model's matrices, as layout.py times them where it chooses."""
+    """Every way to multiply with the model's matrices, those beside each other as one, as layout.py times them."""
     for kind in WAYS:
         whole = quantize(model, embedding=True) if kind == "int8" else model
-        block = jax.tree.map(lambda w: w[0], whole.layers)
-        shapes = {}
-        for name, axes in (*MATRICES.items(), ("embed", (-1,))):
-            w = getattr(block, name, None) if name != "embed" else whole.embed
-            shapes.setdefault((*laid(w, axes, arithmetic(kind), "columns").outs, *w.shape), (name, w, axes))
-        for name, w, axes in shapes.values():
+        layers = [jax.tree.map(lambda w, i=i: w[i], whole.layers) for i in range(model.config.num_hidden_layers)]
+        for group in (*GROUPS, ("embed",)):
+            axes = MATRICES.get(group[0], (-1,))
+            groups = [[whole.embed]] if group == ("embed",) else [[getattr(b, name) for name in group] for b in layers]
             for rows in (1, 2, 8, 64):
-                yield f"{'head' if name == 'embed' else name}, {rows} rows, {kind}", ways(w, axes, kind, rows)
+                yield f"{' '.join(group)}, {rows} rows, {kind}", ways(groups, axes, kind, rows)
 
 
-def ways(w, axes, kind: str, rows: int):
+def ways(groups: list[list], axes, kind: str, rows: int):
     def row() -> dict:
-        dtype = arithmetic(kind)
-        x = jnp.ones((rows, 1, math.prod(w.shape[axis] for axis in axes)), dtype)
-        times = {way: 1e3 * seconds(laid(w, axes, dtype, way), x) for way in WAYS[kind]}
+        times = {way: 1e3 * seconds(groups, axes, arithmetic(kind), way, rows) for way in WAYS[kind]}
         return {f"{way}_ms": ms for way, ms in times.items()} | {"best": min(times, key=times.get)}
 
     return row

@@ -2,7 +2,8 @@
 
 A slice of stacked layers is a copy, which costs nothing beside training's products and as much as decoding's own. And
 what is fastest depends on processor, dtype and rows at a time, by up to a hundred times on a CPU (docs/benchmarks), so
-there the forms are timed on the model's own matrices as it is laid out. Elsewhere XLA lays out for itself.
+there the forms are timed on the model's own matrices as it is laid out: on several layers', for one alone would stay
+in the processor's cache, where another form is the fastest. Elsewhere XLA lays out for itself.
 """
 
 import functools
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from smoljax.config import Model
 from smoljax.quantize import MATRICES, QTensor, quantized
 
+READ, MOST = 1 << 25, 8  # bytes of matrices, and how many, that a form is timed on; a single one of any size
 TIMED = 1 << 18  # numbers of a matrix below which any form will do
 FEW = 64  # rows up to which "sum" and "left" are so: a prompt's are "rows"
 
@@ -122,31 +124,29 @@ def lay_out(model, dtype: str, rows: int) -> Served:
     """
     layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.num_hidden_layers)]
     embed = model.embed if isinstance(model.embed, QTensor) else model.embed[...].astype(dtype)
-    said, ways = [], {}
-    for name in ("gate", "down"):  # from the model's width, and to it
-        ways[name], times = choose(getattr(layers[0], name), MATRICES[name], dtype, rows)
-        said += [f"{name} {ways[name]} ({times})"] * bool(times)
-    head_way, times = choose(embed, (-1,), dtype, rows)
-    said += [f"head {head_way} ({times})"] * bool(times)
-    for block in layers:
-        to = {name: ways["down" if name in ("o", "down") else "gate"] for name in MATRICES}
-        parts = {name: laid(getattr(block, name), axes, dtype, to[name]) for name, axes in MATRICES.items()}
-        for first, *others in FUSED:
-            parts[first] = beside([parts[first], *(parts.pop(name) for name in others)])
-            for name in others:
+    said = []
+    for group in GROUPS:  # times of one layer's, and the form for each's
+        groups = [[getattr(block, name) for name in group] for block in layers]
+        way, times = choose(groups, MATRICES[group[0]], dtype, rows)
+        said += [f"{'/'.join(group)} {way} ({times})"] * bool(times)
+        for block, weights in zip(layers, groups, strict=True):
+            for name in group[1:]:
                 setattr(block, name, None)
-        for name, weight in parts.items():
-            setattr(block, name, weight)
+            setattr(block, group[0], beside([laid(w, MATRICES[group[0]], dtype, way) for w in weights]))
+    head_way, times = choose([[embed]], (-1,), dtype, rows)
+    said += [f"head {head_way} ({times})"] * bool(times)
     served = Served(embed, tuple(layers), model.norm[...], laid(embed, (-1,), dtype, head_way), model.config, dtype)
     served.report = f"{rows} rows: {', '.join(said)}" if said else ""
     return served
 
 
-FUSED = (("q", "k", "v"), ("gate", "up"))  # one product each: the first of them holds all
+GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # one product each: the first of them holds all
 
 
 def beside(weights: list[Laid]) -> Laid:
     """Weights of the same inputs as one."""
+    if len(weights) == 1:
+        return weights[0]
     axis = 1 if weights[0].way == "columns" else 0
     scale = None if weights[0].scale is None else jnp.concatenate([w.scale for w in weights])
     values = jnp.concatenate([w.values for w in weights], axis)
@@ -169,7 +169,9 @@ class Part:
 def spread(block):
     """A layer as model.Block has it, its weights apart, in a program that is traced."""
     block = jax.tree.map(lambda w: w, block, is_leaf=lambda w: isinstance(w, Laid))
-    for names in FUSED:
+    for names in GROUPS:
+        if len(names) == 1:
+            continue
         whole, start = getattr(block, names[0]), 0
         for name, outs in zip(names, whole.outs, strict=True):
             setattr(block, name, Part(whole, start, outs))
@@ -188,37 +190,40 @@ def laid(w, axes: tuple[int, ...], dtype: str, way: str) -> Laid:
     return Laid(values.transpose(order).reshape(shape), None if scale is None else scale.reshape(N), way, outs)
 
 
-def choose(w, axes, dtype: str, rows: int) -> tuple[str, str]:
-    """The fastest way for one matrix here, and the milliseconds of each, for people."""
+def choose(groups: list[list], axes, dtype: str, rows: int) -> tuple[str, str]:
+    """The fastest way here for weights beside each other, a group a layer, and the milliseconds of each, for people."""
+    w = groups[0][0]
     ways = WAYS["int8" if isinstance(w, QTensor) else dtype]
     if jax.default_backend() != "cpu":
         return ("rows" if axes == (-1,) else "columns"), ""
     if math.prod(w.shape) < TIMED:
         return ways[0], ""
-    K = math.prod(w.shape[axis] for axis in axes)
-    x = jnp.ones((rows, 1, K), dtype)
     times = dict.fromkeys(ways, math.inf)
     for _ in range(3):  # in turn, for others may be at work for a moment
         for way in ways:
             if times[way] == math.inf or times[way] < 2 * min(times.values()):
-                times[way] = min(times[way], seconds(laid(w, axes, dtype, way), x))
+                times[way] = min(times[way], seconds(groups, axes, dtype, way, rows))
     return min(times, key=times.get), ", ".join(f"{way} {t * 1e3:.2f} ms" for way, t in times.items())
 
 
-@jax.jit
-def once(weight: Laid, x):
-    return weight.times("", x)
+def seconds(groups: list[list], axes, dtype: str, way: str, rows: int) -> float:
+    """Of a product with one group, behind the one before; the best of three."""
 
+    def form(group) -> Laid:
+        return beside([laid(w, axes, dtype, way) for w in group])
 
-def seconds(weight: Laid, x) -> float:
-    """The best of five."""
-    taken = []
-    for _ in range(6):
+    first = form(groups[0])
+    forms = (first, *map(form, groups[1 : max(1, min(MOST, READ // first.values.nbytes))]))
+    x, taken = jnp.ones((rows, 1, math.prod(groups[0][0].shape[axis] for axis in axes)), dtype), []
+    for _ in range(4):
         begun = time.perf_counter()
-        once(weight, x).block_until_ready()
+        in_turn(forms, x).block_until_ready()
         taken.append(time.perf_counter() - begun)
-        if taken[0] == taken[-1]:
-            continue  # that one compiled
-        if taken[-1] > 0.2:
-            break
-    return min(taken[1:])
+    return min(taken[1:]) / len(forms)  # the first one compiled
+
+
+@jax.jit
+def in_turn(weights: tuple, x):
+    for weight in weights:
+        x = x + (jnp.max(weight.sums(x)) * 1e-3).astype(x.dtype)  # all of a product is needed before the next
+    return x

@@ -139,31 +139,49 @@ def test_lay_out_leaves_the_model_as_it_is():
 
 def test_tiny_matrices_are_not_timed_and_large_ones_are(monkeypatch):
     timed = []
-    monkeypatch.setattr(layout, "seconds", lambda weight, x: timed.append((weight.way, x.shape)) or len(timed))
+    monkeypatch.setattr(layout, "seconds", lambda ws, axes, dtype, way, rows: timed.append((way, rows)) or len(timed))
     for dtype in ("float32", "bfloat16"):
-        assert choose(numbers(64, 64), (-2,), dtype, 4) == (WAYS[dtype][0], "")
-    assert choose(QTensor(*quantized(numbers(64, 64), (-2,)), ""), (-2,), "float32", 4) == (WAYS["int8"][0], "")
+        assert choose([[numbers(64, 64)]], (-2,), dtype, 4) == (WAYS[dtype][0], "")
+    assert choose([[QTensor(*quantized(numbers(64, 64), (-2,)), "")]], (-2,), "float32", 4) == (WAYS["int8"][0], "")
     lay_out(make(), "float32", 8)
     assert not timed and lay_out(make(), "float32", 8).report == ""
     side = math.isqrt(TIMED)
-    way, said = choose(numbers(side, side), (-2,), "float32", 4)
+    way, said = choose([[numbers(side, side)]], (-2,), "float32", 4)
     turns = [*WAYS["float32"], "rows", "rows"]  # the others took twice as long
-    assert timed == [(way, (4, 1, side)) for way in turns] and way == "rows" and "left 2000.00 ms" in said
+    assert timed == [(way, 4) for way in turns] and way == "rows" and "left 2000.00 ms" in said
 
 
 def test_the_fastest_is_taken(monkeypatch):
     speed = {"rows": 3.0, "left": 5.0, "columns": 2.0, "sum": 1.0, "split": 4.0, "split left": 6.0}
-    monkeypatch.setattr(layout, "seconds", lambda weight, x: speed[weight.way])
+    monkeypatch.setattr(layout, "seconds", lambda ws, axes, dtype, way, rows: speed[way])
     monkeypatch.setattr(layout, "TIMED", 0)
     for dtype, expected in {"float32": "columns", "bfloat16": "sum"}.items():
         served = lay_out(make(), dtype, 3)
         assert served.head.way == served.layers[0].down.way == expected
-        assert served.report.startswith(f"3 rows: gate {expected} (rows 3000.00 ms")
+        for what in ("q/k/v", "o", "gate/up", "down", "head"):
+            assert f"{what} {expected} (rows 3000.00 ms" in served.report
     assert lay_out(quantize(make()), "float32", 3).layers[1].q.way == "sum"
 
 
-def test_seconds_are_of_a_program_that_is_compiled():
-    assert 0 < layout.seconds(laid(numbers(64, 32), (-2,), "float32", "rows"), numbers(1, 1, 64)) < 0.2
+@pytest.mark.parametrize("kind, count", [("float32", 3), ("bfloat16", 6), ("int8", 7)])
+def test_seconds_are_of_one_product_of_several(kind, count, monkeypatch):
+    ws, asked = [numbers(64, 16, seed=i) for i in range(14)], []
+    if kind == "int8":
+        ws = [QTensor(*quantized(w, (-2,)), "") for w in ws]
+    groups, dtype = [ws[i : i + 2] for i in range(0, 14, 2)], "float32" if kind == "int8" else kind
+    in_turn = layout.in_turn
+
+    def noted(forms, x):
+        asked.append((len(forms), forms[0].outs, x.shape, x.dtype))
+        return in_turn(forms, x)
+
+    monkeypatch.setattr(layout, "in_turn", noted)
+    monkeypatch.setattr(layout, "READ", 3 * 64 * 32 * 4)
+    for way in WAYS[kind]:
+        assert 0 < layout.seconds(groups, (-2,), dtype, way, 5) < 0.2
+    assert set(asked) == {(count, ((16,), (16,)), (5, 1, 64), jnp.dtype(dtype))}
+    monkeypatch.setattr(layout, "READ", 1)
+    assert layout.seconds(groups, (-2,), dtype, WAYS[kind][0], 5) > 0 and asked[-1][0] == 1
 
 
 @pytest.mark.parametrize(
