@@ -80,11 +80,12 @@ def layout(model: SmolLM):
     for kind in WAYS:
         whole = quantize(model, embedding=True) if kind == "int8" else model
         layers = [jax.tree.map(lambda w, i=i: w[i], whole.layers) for i in range(model.config.num_hidden_layers)]
-        for group in (*GROUPS, ("embed",)):
-            axes = MATRICES.get(group[0], (-1,))
-            groups = [[whole.embed]] if group == ("embed",) else [[getattr(b, name) for name in group] for b in layers]
+        products = {"head": ((-1,), [[whole.embed]])}
+        for names in GROUPS:
+            products["/".join(names)] = MATRICES[names[0]], [[getattr(b, name) for name in names] for b in layers]
+        for what, (axes, groups) in products.items():
             for rows in (1, 2, 8, 64):
-                yield f"{' '.join(group)}, {rows} rows, {kind}", ways(groups, axes, kind, rows)
+                yield f"{what}, {rows} rows, {kind}", ways(groups, axes, kind, rows)
 
 
 def ways(groups: list[list], axes, kind: str, rows: int):

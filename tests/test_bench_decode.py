@@ -319,9 +319,9 @@ def test_every_part_of_the_suite_has_rows(monkeypatch):
 
 def test_the_layout_table_has_every_way_of_every_matrix():
     rows = dict(decode_suite.layout(model()))
-    assert {f"{name}, 2 rows, {kind}" for name in ("q", "k", "o", "gate", "down", "head") for kind in layout.WAYS} == {
-        label for label in rows if ", 2 rows" in label
-    }
+    assert {
+        f"{name}, 2 rows, {kind}" for name in ("q/k/v", "o", "gate/up", "down", "head") for kind in layout.WAYS
+    } == {label for label in rows if ", 2 rows" in label}
     found = rows["down, 2 rows, int8"]()
     assert found["best"] in layout.WAYS["int8"] and all(found[f"{way}_ms"] > 0 for way in layout.WAYS["int8"])
 
