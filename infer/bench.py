@@ -45,7 +45,9 @@ def main(argv=None) -> int:
         choices=DTYPES,
         help="default: float32 on a CPU, else bfloat16; int8-embedding, which is like Q8_0, against llama.cpp",
     )
-    parser.add_argument("--cache", choices=["int8"], help="of keys and values (default: the arithmetic's dtype)")
+    parser.add_argument(
+        "--cache", choices=["int8"], help="of keys and values (default: the arithmetic's, float32 on a CPU)"
+    )
     parser.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round, looked up and checked")
     parser.add_argument("--windows", type=int, default=5, metavar="N", help="timed runs, the median counts")
     parser.add_argument(

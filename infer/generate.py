@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     b = p.add_argument_group("how to run")
     b.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
     b.add_argument("--int8", action="store_true", help="weights in int8; a folder that is in int8 needs no flag")
-    b.add_argument("--cache", choices=("float32", "bfloat16", "int8"), help="keys and values (default: --dtype)")
+    b.add_argument(
+        "--cache", choices=("float32", "bfloat16", "int8"), help="keys and values (default: --dtype; CPU: float32)"
+    )
     b.add_argument("--batch-size", type=int, metavar="B", help="rows at a time, on each device (8 on a CPU, else 64)")
     b.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round that are guessed, and checked")
     b.add_argument("--draft", metavar="MODEL", help="a small model that guesses (default: what stood there before)")

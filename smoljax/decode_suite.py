@@ -10,6 +10,7 @@ import jax
 
 from smoljax import suite
 from smoljax.decode_measure import DTYPES, Generation, arithmetic, bandwidth, random_prompts, rounds, served
+from smoljax.engine import usual_cache
 from smoljax.layout import GROUPS, WAYS, seconds
 from smoljax.model import SmolLM
 from smoljax.quantize import MATRICES, quantize
@@ -51,7 +52,7 @@ def decode(model: SmolLM):
             for dtype in DTYPES:
                 caches = (None,) if dtype == "int8-embedding" else (None, "int8")
                 for cache in caches:
-                    label = f"{batch} x {context}, {dtype}, cache {cache or arithmetic(dtype)}"
+                    label = f"{batch} x {context}, {dtype}, cache {cache or usual_cache(arithmetic(dtype))}"
                     yield label, decoding(model, dtype, cache, batch, context)
 
 

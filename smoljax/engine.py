@@ -116,8 +116,7 @@ class Engine:
             same = draft.config.vocab_size == self.config.vocab_size
             require(same, f"the draft model has {draft.config.vocab_size} tokens, the model {self.config.vocab_size}")
             draft = draft if isinstance(draft, Served) else lay_out(draft, dtype, slots)
-        # A CPU's products of bf16 take two rows or more, and a bf16 cache is written by way of f32: all of it.
-        self.draft, self.cache = draft, cache or ("float32" if jax.default_backend() == "cpu" else dtype)
+        self.draft, self.cache = draft, cache or usual_cache(dtype)
         self.device = device or jax.local_devices()[0]
         if device is not None:
             self.model, self.draft = jax.device_put((self.model, self.draft), device)
@@ -254,6 +253,11 @@ class Engine:
             f"GB; the device has {limit / 1e9:.1f}: take fewer rows at a time (--batch-size), shorter ones "
             "(--max-new-tokens), or an int8 cache (--cache int8)",
         )
+
+
+def usual_cache(dtype: str) -> str:
+    """On a CPU f32: products of bf16 take two rows or more there, and a cache in it is written by way of f32, whole."""
+    return "float32" if jax.default_backend() == "cpu" else dtype
 
 
 def at(found: Sequence[np.ndarray], index) -> tuple:
