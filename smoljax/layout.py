@@ -225,5 +225,6 @@ def seconds(groups: list[list], axes, dtype: str, way: str, rows: int) -> float:
 @jax.jit
 def in_turn(weights: tuple, x):
     for weight in weights:
-        x = x + (jnp.max(weight.sums(x)) * 1e-3).astype(x.dtype)  # all of a product is needed before the next
+        y = jax.lax.optimization_barrier(weight.sums(x))  # else XLA would compute that one output alone
+        x = x + y[..., :1].astype(x.dtype) * 1e-3
     return x
