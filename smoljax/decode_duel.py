@@ -32,8 +32,8 @@ REFERENCE = "transformers float32"
 class Side:
     """A process of the peer, as Generation is ours."""
 
-    def __init__(self, program: Path, setup: dict):
-        self.peer, self.said = Peer(program, setup), {}
+    def __init__(self, peer: Peer):
+        self.peer, self.said = peer, {}
 
     def timed(self, new_tokens: int, exact: bool = False) -> tuple[float, float, list[list[int]]]:
         found = self.peer.ask({"new_tokens": new_tokens, "exact": exact})
@@ -177,7 +177,7 @@ def peers(program: Path, setup: dict, new_tokens: int) -> tuple[dict, dict]:
         for dtype in ("float32", "bfloat16"):
             kind = f"{dtype}{', compiled' * compiled}"
             try:
-                side = Side(program, setup | {"kind": kind, "dtype": dtype, "compile": compiled})
+                side = Side(Peer(program, setup | {"kind": kind, "dtype": dtype, "compile": compiled}))
                 side.timed(new_tokens)
             except Error as e:
                 if not compiled:

@@ -37,13 +37,6 @@ class Node(Peer):
         self.versions = found["versions"]
 
 
-class LlamaCpp(Side):
-    """llama.cpp, as Generation is ours."""
-
-    def __init__(self, program: Path, folder: Path, setup: dict):
-        self.peer, self.said = Node(program, folder, setup), {}
-
-
 def duel(
     model: SmolLM,
     program: Path,
@@ -70,7 +63,7 @@ def duel(
     ours = generations(model, prompts, dtype, cache, drafts)
     with tempfile.TemporaryDirectory() as place:
         setup = {"file": str(q8_0(Path(place), model)), "prompts": prompts, "new_tokens": new_tokens}
-        theirs = {PEER: LlamaCpp(program, folder, setup | {"threads": sorted({1, cores // 2 or 1, cores})})}
+        theirs = {PEER: Side(Node(program, folder, setup | {"threads": sorted({1, cores // 2 or 1, cores})}))}
     versions = theirs[PEER].peer.versions
     rows = {name: side.timed(new_tokens)[2][0] for name, side in (ours | theirs).items()}
     agree = {name: leading(row, rows[PEER]) for name, row in rows.items()}
