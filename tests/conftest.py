@@ -15,7 +15,8 @@ from smoljax.runtime import processor
 REPO = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = ("--xla_backend_optimization_level=1", os.environ.get("XLA_FLAGS"), "--xla_force_host_platform_device_count=8")
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+FLAGS = (QUICK, os.environ.get("XLA_FLAGS"), "--xla_force_host_platform_device_count=8")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, FLAGS))  # of two the last holds
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / f"jax-{version('jaxlib')}-{processor()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

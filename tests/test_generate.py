@@ -1,11 +1,14 @@
-"""`smoljax generate`, its batch jobs, text as it comes, and the model's own generation settings."""
+"""`smoljax generate`, its batch jobs, text as it comes, and the model's own generation settings.
 
+`python tests/test_generate.py N ARGS...` is `smoljax generate ARGS...`, killed behind its first N rows.
+"""
+
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +23,7 @@ from smoljax.errors import DataError, UsageError, run
 from smoljax.generation import complete
 from smoljax.streaming import Text
 
+ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["def test", "import 3.14", "return", "x  12"]
 
 
@@ -159,29 +163,35 @@ def test_processes_share_a_job(folder, tmp_path, capsys):
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
 
 
-def test_killed_at_any_moment(folder, tmp_path):
+def killed(rows: int, argv):
+    """`smoljax generate ARGV`, and kill -9 in the middle of the line behind so many more rows."""
+    written, write = itertools.count(), jobs.Job.write
+
+    def dying(job, row):
+        if next(written) == rows:
+            job.file.write(json.dumps(row).encode()[:20])
+            job.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(job, row)
+
+    jobs.Job.write = dying
+    generate.main(argv)
+
+
+def test_killed_at_any_moment(folder, tmp_path, capsys):
     """kill -9, and the same command: each row once, in order, as uninterrupted."""
-    write(tmp_path / "in.jsonl", [{"prompt": TEXTS[i % 4] * (1 + i % 9), "max_new_tokens": 40} for i in range(60)])
-    command = [sys.executable, "-m", "infer.generate", str(folder), "--input", str(tmp_path / "in.jsonl")]
-    command += ["--ignore-eos", "--batch-size", "2", "--output"]
-    quiet = {"stderr": subprocess.PIPE, "text": True}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, **quiet)
-    kills = 0
-    for wanted in (1, 20, 40):
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], **quiet)
-        part = tmp_path / "killed.part-1-of-1"
-        until = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until:
-            if part.exists() and part.read_bytes().count(b"\n") >= wanted:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.005)
-        process.wait()
-    with open(tmp_path / "killed.part-1-of-1", "ab") as file:
-        file.write(b'{"prompt": "half a li')
-    last = subprocess.run([*command, str(tmp_path / "killed")], **quiet)
-    assert last.returncode == 0 and "goes on behind the" in last.stderr and kills == 3
+    write(tmp_path / "in.jsonl", [{"prompt": TEXTS[i % 4] * (1 + i % 9), "max_new_tokens": 12} for i in range(60)])
+    argv = [str(folder), "--input", str(tmp_path / "in.jsonl"), "--ignore-eos", "--batch-size", "20", "--output"]
+    assert generate.main([*argv, str(tmp_path / "whole")]) == 0
+    for rows, done in ((0, 0), (19, 19), (20, 39)):  # of its own, and in all
+        command = [sys.executable, __file__, str(rows), *argv, str(tmp_path / "killed")]
+        process = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        left = (tmp_path / "killed.part-1-of-1").read_bytes()
+        assert left.count(b"\n") == done and not left.endswith(b"\n") and not (tmp_path / "killed").exists()
+    capsys.readouterr()
+    assert generate.main([*argv, str(tmp_path / "killed")]) == 0
+    assert "goes on behind the 39 rows" in capsys.readouterr().err
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -293,3 +303,7 @@ def test_more_than_memory(folder, monkeypatch):
         UsageError, match="rows with 256 places need .* GB beside .*--batch-size.*--max-new-tokens.*int8"
     ):
         generate.main([str(folder), "--prompt", "a", "--n", "2"])
+
+
+if __name__ == "__main__":
+    killed(int(sys.argv[1]), sys.argv[2:])
