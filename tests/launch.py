@@ -160,7 +160,7 @@ def pretrain(job: dict) -> int:
 
     # On CPU each process compiles a program of its own, and JAX caches the first one's alone: 20 s for each pair.
     compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
-    processes.PATIENCE = job["patience"]
+    processes.PATIENCE, pretrain.draw_curves = job["patience"], lambda folder: None
     watch_rows(job["at"], job["hold"], job["bad"])
     return errors.run(pretrain.main, job["argv"])
 

@@ -132,6 +132,7 @@ def test_the_duel_is_one_generation_on_both_sides(peer, capsys):
     assert all(result[name]["cpu_s_per_token"] > 0 for name in (*ours, *theirs))
 
 
+@pytest.mark.slow
 def test_another_model_is_no_duel(peer, capsys, monkeypatch):
     """One matrix turned around in what the peer is given, and the speeds are not worth a word."""
     of_model = exchange.of_model

@@ -211,6 +211,7 @@ def peak(*arguments) -> int:
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["peak_memory_mb"]
 
 
+@pytest.mark.slow
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     """A bf16 model of 400 MB, its largest tensor 50 MB, costs less than twice that beyond a tiny model's conversion."""
     saved(tmp_path / "tiny")

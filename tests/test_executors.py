@@ -365,6 +365,7 @@ def test_ray_names_the_bad_document(go, corpus, cluster, tmp_path):
     assert e.value.code == 3 and not (tmp_path / "out/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_task_that_ray_gives_up_is_named(go, corpus, cluster, tmp_path, monkeypatch):
     """datatrove's Ray executor ends well where a task has raised: it must not become a shorter corpus."""
     source, local = corpus

@@ -687,5 +687,5 @@ def test_a_sink_that_breaks_stops_nothing(place, uninterrupted, monkeypatch, cap
 
 
 if __name__ == "__main__":
-    data.batches = faulty(data.batches, **json.loads(sys.argv[1]))
+    data.batches, pretrain.draw_curves = faulty(data.batches, **json.loads(sys.argv[1])), lambda folder: None
     raise SystemExit(errors.run(pretrain.main, sys.argv[2:]))

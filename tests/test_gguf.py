@@ -601,6 +601,7 @@ def traced(call) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_memory_of_a_hostile_header(good, tmp_path):
     """As many of the smallest strings as are allowed, as large a header as is; and one more of each is refused."""
     keys, tensors = parts(good)

@@ -1,5 +1,7 @@
 """model.py alone: sizes, initialisation, causality, precision. test_parity.py compares it with transformers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,14 @@ CONFIG = SHAPES["smollm2-135m"]
 
 def make(config: Model = CONFIG, seed: int = 0) -> SmolLM:
     """A model with large random weights, norms included, so that each of them shows in the logits."""
+    return jax.tree.map(jnp.array, made(config, seed))  # of its own: a test may change or donate it
+
+
+@functools.cache
+def made(config: Model, seed: int) -> SmolLM:
     model = SmolLM(config, nnx.Rngs(params=seed), init_std=0.15)
     noise = np.random.default_rng(seed)
-    return jax.tree.map(lambda w: w * noise.uniform(0.5, 1.5, w.shape).astype(np.float32), model)
+    return jax.tree.map(lambda w: np.asarray(w) * noise.uniform(0.5, 1.5, w.shape).astype(np.float32), model)
 
 
 forward = jax.jit(SmolLM.__call__, static_argnames="compute")

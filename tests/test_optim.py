@@ -275,6 +275,7 @@ def test_what_an_optimizer_may_be():
             Optim(**wrong)
 
 
+@pytest.mark.slow
 def test_muon_resumed_is_muon_uninterrupted_and_goes_on_only_as_itself(tmp_path, capsys):
     corpus.write(tmp_path / "shards", corpus.documents(60, 64), 64)
     (tmp_path / "tiny.py").write_text(

@@ -80,6 +80,7 @@ def losses(folder):
     return [(r["step"], r["train/loss"], r["train/grad_norm"], r["train/lr"]) for r in metrics.read(folder)]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     argv = ("steps=60", "save_every=5", "keep=3")
     assert pretrain.main(words(place, "whole", *argv)) == 0
@@ -115,6 +116,7 @@ def test_a_run_on_8_devices_goes_on_on_4(place):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.curves
 def test_the_run_folder_holds_what_the_readme_says(place, capsys):
     argv = words(place, "folder", "steps=6", "keep=1", "keep_every=4")
     assert pretrain.main(argv) == 0

@@ -160,6 +160,7 @@ def test_a_checkpoint_of_one_goes_on_in_two_of_a_slurm_step_with_weights_across_
 # ---- they stop together, and go on
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_in_turn_equals_uninterrupted_bit_for_bit(place, launcher, two):
     argv = words(place, "killed")
 
@@ -225,6 +226,7 @@ def test_a_damaged_token_that_process_1_reads_ends_both(place, launcher):
     assert f"token {at}, has id 9999, beyond model.vocab_size = 64" in processes[1].said
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_replays_in_one_process(place, launcher, capsys):
     argv = words(place, "nan")
     processes = [launcher.one(*argv, devices=4, bad=(5, 6), env=open_mpi(2, i)) for i in range(2)]
