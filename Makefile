@@ -1,6 +1,7 @@
 # `make demo` and `make test` start from a bare checkout: they set up .venv, once, and again when pyproject.toml changes.
 PYTHON ?= python3
 EXTRAS ?= test
+WORKERS ?= 3  # one more than 2 cores, for some tests wait; each takes up to 4 GB
 
 .PHONY: demo test test-slow lint clean
 
@@ -8,10 +9,10 @@ demo: .venv/.plot
 	@.venv/bin/smoljax demo
 
 test: .venv/.$(EXTRAS)
-	@.venv/bin/pytest -n 2 --dist loadfile
+	@.venv/bin/pytest -n $(WORKERS) --dist loadfile
 
 test-slow: .venv/.$(EXTRAS)
-	@.venv/bin/pytest -m slow
+	@.venv/bin/pytest -m slow -n 2 --dist loadfile
 
 lint: .venv/.$(EXTRAS)
 	@.venv/bin/ruff check

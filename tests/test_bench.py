@@ -74,7 +74,8 @@ def peer(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_duel_is_one_training_on_both_sides(peer, capsys, dtype):
     assert main([*ARGS, "--against", "transformers", "--dtype", dtype]) == 0
     result = last_line(capsys.readouterr().out)

@@ -34,7 +34,10 @@ def saved(folder, config=CONFIG, dtype="float32"):
     return model
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *ODD])
+QUICK = ("smollm2-135m", "smollm-1.7b", *ODD)  # the others' shapes are alike: `make test-slow`
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SHAPES if n not in QUICK)])
 def test_round_and_back(name, tmp_path, capsys):
     """Hugging Face -> Orbax -> GGUF -> Hugging Face in many files -> Hugging Face: the first folder, byte for byte."""
     config = (SHAPES | ODD)[name]

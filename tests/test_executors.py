@@ -347,6 +347,7 @@ def cluster():
 RAY = ["--executor", "ray", "--cluster", "mem_per_cpu_gb=1"]
 
 
+@pytest.mark.slow
 def test_ray_writes_what_local_processes_write(go, corpus, cluster, tmp_path):
     source, local = corpus
     go(source, *RAY)

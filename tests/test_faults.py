@@ -626,6 +626,7 @@ def test_one_save_that_fails_is_made_up_for(place, uninterrupted, written, monke
     assert_same_run(uninterrupted, place / "once", 14)
 
 
+@pytest.mark.slow
 def test_saves_that_go_on_failing_end_the_run(place, uninterrupted, written, monkeypatch, capsys):
     argv = words(place, "never", "keep=99")
     with limited(30_000) as limit:
@@ -650,6 +651,7 @@ def test_a_full_disk_is_not_a_full_device(place):
 # ---- what may not happen meanwhile
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_anew_but_where_a_stage_begins(place, monkeypatch):
     names, now = {}, []
 

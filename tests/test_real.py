@@ -69,6 +69,7 @@ def test_tokenizer(real, vector):
     assert real.tokenizer.encode(vector["text"]).ids == vector["ids"]
 
 
+@pytest.mark.slow
 def test_tokenizer_as_transformers(path, real):
     """transformers builds its tokenizer of a GGUF without the Digits step; with it, the ids are the same."""
     transformers = pytest.importorskip("transformers")
@@ -109,6 +110,7 @@ def test_greedy_answers(real):
         assert real.tokenizer.decode(new, skip_special_tokens=False) == answer["text"]
 
 
+@pytest.mark.slow
 def test_it_answers(path, capsys):
     assert generate.main([NAME, "--chat", "--prompt", "What is the capital of France?"]) == 0
     assert capsys.readouterr().out == "The capital of France is Paris.\n"

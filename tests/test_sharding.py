@@ -26,6 +26,11 @@ CONFIG = Train(
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, -1, 1), (1, 1, 8)]
 
 
+def slowly(*meshes):
+    """For `make test-slow` alone: compiling for eight devices takes 10 s."""
+    return [pytest.param(sizes, marks=pytest.mark.slow) for sizes in meshes]
+
+
 def batch(config: Train, n: int) -> dict:
     rows, T = config.data.batch_size, config.data.seq_len
     tokens = np.random.default_rng(n).integers(0, config.model.vocab_size, (rows, T + 1), np.int32)
@@ -72,7 +77,7 @@ def test_eight_devices_are_one(sizes):
         np.testing.assert_allclose(jax.device_get(a), b, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [*slowly((8, 1, 1), (1, 8, 1)), (2, 2, 2), (1, 4, 2)], ids=str)
 def test_eight_devices_are_one_with_muon(sizes):
     """A matrix that lies on eight devices is orthogonalised as a whole, not piece by piece."""
     config = replace(CONFIG, optim=replace(CONFIG.optim, kind="muon"), mesh=Mesh(*sizes))
