@@ -54,6 +54,7 @@ def test_it_runs_from_a_checkout_without_what_a_gpu_machine_lacks():
     assert last_line(done.stdout)["config"]["data"]["batch_size"] == 8
 
 
+@pytest.mark.slow
 def test_a_flag_reaches_xla_and_is_printed(capsys):
     flag = "--xla_cpu_prefer_vector_width=128"
     done = subprocess.run(

@@ -109,6 +109,7 @@ def peer(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
+@pytest.mark.slow
 def test_the_duel_is_one_generation_on_both_sides(peer, capsys):
     assert main([*ARGS, "--dtype", "int8", "--cache", "int8", "--drafts", "2", "--against", "transformers", *TINY]) == 0
     result = last_line(capsys.readouterr().out)

@@ -184,6 +184,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, uninterrupted, monke
     assert_same_run(uninterrupted, place / f"signal-{number}", 14)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(place):
     faults = {"signals": [[4, signal.SIGTERM], [4, signal.SIGINT]]}
     ended = child(faults, *words(place, "twice", "save_every=100"))
@@ -253,6 +254,7 @@ def forget(place, moved):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"run": str(moved)}))
 
 
+@pytest.mark.slow
 def test_a_dump_without_its_run(place, copy, capsys):
     forget(place, copy)
     shutil.rmtree(copy / "checkpoints")
@@ -309,6 +311,7 @@ def test_a_dump_of_a_step_that_came_before_keeps_its_checkpoint(place, copy):
         assert whole.arrays(copy / "dumps/4", newest).keys() == whole.arrays(copy, 6).keys()
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_and_the_same_command_goes_on(place, monkeypatch, capsys):
     argv = words(
         place, "row", "guard.max_skips=3", "guard.spike_window=0", "stages=[]", "steps=9", "optim.decay_steps=0"
@@ -323,6 +326,7 @@ def test_too_many_in_a_row_end_the_run_and_the_same_command_goes_on(place, monke
 # ---- steps that do not come
 
 
+@pytest.mark.slow
 def test_a_step_that_never_comes_is_ended_with_all_stacks(place):
     """The second one, when no step is known to be done yet."""
     argv = words(place, "hangs", "guard.watchdog_s=2", "guard.watchdog=2", "stages=[]", "save_every=1")
@@ -335,6 +339,7 @@ def test_a_step_that_never_comes_is_ended_with_all_stacks(place):
     assert committed.newest_sound(place / "hangs") == 1
 
 
+@pytest.mark.slow
 def test_signals_are_heard_while_the_main_thread_is_in_native_code(place):
     """As in a long compilation, or in a collective whose peer is gone: there the interpreter runs no handler."""
     ended = child({"native": 4}, *words(place, "native", "stages=[]", "guard.grace_s=0.5"))
@@ -373,6 +378,7 @@ def test_pauses_are_not_watched(tmp_path, monkeypatch):
     assert look(0) == 2
 
 
+@pytest.mark.slow
 def test_memory_beyond_the_limit_saves_and_ends(place, uninterrupted, monkeypatch, capsys):
     argv = words(place, "memory", "save_every=99", "guard.max_rss_gb=0.001")
     assert run(monkeypatch, argv, bad=BAD) == 75
@@ -615,6 +621,7 @@ def written(monkeypatch):
     return lambda step: over[step].wait()
 
 
+@pytest.mark.slow
 def test_one_save_that_fails_is_made_up_for(place, uninterrupted, written, monkeypatch, capsys):
     with limited(30_000) as limit:
         faults = {"bad": BAD, "calls": {3: lambda: written(2) and limit(True), 6: lambda: written(4) and limit(False)}}
@@ -673,6 +680,7 @@ def test_nothing_is_compiled_anew_but_where_a_stage_begins(place, monkeypatch):
     assert set(names) <= {0, 1, 2, 8, 9}, names
 
 
+@pytest.mark.slow
 def test_a_sink_that_breaks_stops_nothing(place, uninterrupted, monkeypatch, caplog):
     pytest.importorskip("tensorboardX")
     folder = place / "sink/tensorboard"

@@ -176,6 +176,7 @@ def test_a_stage_has_its_own_length_theta_and_masking(place, capsys):
     assert [r["train/tokens"] for r in metrics.read(place / "stages")] == [256, 512, 768, 1024, 1280]
 
 
+@pytest.mark.slow
 def test_remat_and_attention_are_chosen_and_said_and_config_json_stays_as_written(place, capsys, monkeypatch):
     """The next machine chooses anew; what was chosen is what is compiled, and what a dump would say."""
     compiled, made = [], step.compiled_step
@@ -282,6 +283,7 @@ def test_a_run_goes_on_only_as_itself(place, capsys):
     assert "is not empty and not a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_refused_may_be_allowed_by_name(place, capsys):
     assert pretrain.main(words(place, "allowed")) == 0
     other = words(place, "allowed", "steps=6", "optim.b2=0.99", "optim.weight_decay=0.1")
