@@ -11,8 +11,9 @@ demo: .venv/.plot
 test: .venv/.$(EXTRAS)
 	@.venv/bin/pytest -n $(WORKERS) --dist loadfile
 
+# Not by their number of tests: the longest file, test_crashes.py, has three and would begin last.
 test-slow: .venv/.$(EXTRAS)
-	@.venv/bin/pytest -m slow -n 2 --dist loadfile
+	@.venv/bin/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.$(EXTRAS)
 	@.venv/bin/ruff check
