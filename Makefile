@@ -1,7 +1,7 @@
 # `make demo` and `make test` start from a bare checkout: they set up .venv, once, and again when pyproject.toml changes.
 PYTHON ?= python3
 EXTRAS ?= test
-WORKERS ?= 3  # one more than 2 cores, for some tests wait; each takes up to 4 GB
+WORKERS ?= 3  # one more than 2 cores, for some tests wait; each takes about 4 GB
 
 .PHONY: demo test test-slow lint clean
 
