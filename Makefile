@@ -8,10 +8,10 @@ WORKERS ?= 3  # one more than 2 cores, for some tests wait; each takes about 4 G
 demo: .venv/.plot
 	@.venv/bin/smoljax demo
 
+# Files in their order, not by their number of tests: of the longest some have five, and would begin last.
 test: .venv/.$(EXTRAS)
-	@.venv/bin/pytest -n $(WORKERS) --dist loadfile
+	@.venv/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Not by their number of tests: the longest file, test_crashes.py, has three and would begin last.
 test-slow: .venv/.$(EXTRAS)
 	@.venv/bin/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -7,7 +7,6 @@ Nothing is allocated, and JAX is imported only where an array's shape is asked f
 import math
 import os
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 from smoljax.config import REMAT, Mesh, Model, Train
@@ -206,7 +205,7 @@ def compiled_activation_bytes(config: Train, mesh: dict[str, int]) -> tuple[int,
     import jax.numpy as jnp
 
     from smoljax import runtime, sharding
-    from smoljax.step import compiled_step, init_state
+    from smoljax.step import abstract_state, compiled_step
 
     runtime.start()
     devices = jax.devices("cpu")
@@ -214,7 +213,7 @@ def compiled_activation_bytes(config: Train, mesh: dict[str, int]) -> tuple[int,
     rows = rows_per_device(config, mesh) * small["data"] * small["fsdp"] * config.accumulate
     config = replace(config, mesh=Mesh(**small), data=replace(config.data, batch_size=rows))
     made = sharding.mesh(config.mesh, devices[: math.prod(small.values())])
-    state = jax.eval_shape(partial(init_state, config))
+    state = abstract_state(config)
     places = sharding.shardings(state, made)
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
     row = jax.ShapeDtypeStruct((rows, config.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(made))

@@ -2,14 +2,13 @@
 
 import dataclasses
 import time
-from functools import partial
 
 import jax
 import numpy as np
 
 from smoljax import attention, budget, measure, metrics, processes, runs, sharding
 from smoljax.config import Train
-from smoljax.step import compiled_step, init_state
+from smoljax.step import abstract_state, compiled_step
 
 
 def run(config: Train, mesh) -> int:
@@ -27,7 +26,7 @@ def run(config: Train, mesh) -> int:
             batch = measure.random_batch(at, 0)
             where = sharding.batch_sharding(mesh)
             batch = {k: jax.make_array_from_callback(v.shape, where, v.__getitem__) for k, v in batch.items()}
-            places = sharding.shardings(jax.eval_shape(partial(init_state, at)), mesh)
+            places = sharding.shardings(abstract_state(at), mesh)
             state = runs.initial_state(at, None, places)
             begun = time.perf_counter()
             step = compiled_step(at, places).lower(state, batch).compile()

@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 
 from smoljax import attention, budget, metrics, sharding
 from smoljax.config import Train
-from smoljax.step import compiled_step, init_state
+from smoljax.step import abstract_state, compiled_init, compiled_step
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
@@ -109,9 +108,9 @@ class Training:
         self.config = config = budget.fitting(config, dict(self.mesh.shape), budget.device_memory(jax.devices()[0]))
         T, masked = config.data.seq_len, config.data.mask_documents
         self.backend, self.why = attention.choose(config.compute, T, masked)
-        places = sharding.shardings(jax.eval_shape(partial(init_state, config)), self.mesh)
+        places = sharding.shardings(abstract_state(config), self.mesh)
         with jax.set_mesh(self.mesh):
-            self.state = jax.jit(partial(init_state, config), out_shardings=places)()
+            self.state = compiled_init(config, places)()
             begun = time.perf_counter()
             lowered = compiled_step(config, places).lower(self.state, self.batch(0))
             self.trace_s = time.perf_counter() - begun

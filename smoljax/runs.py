@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from smoljax import atomic, attention, budget, committed, settings, tokenizer, w
 from smoljax.config import Guard, Train
 from smoljax.data import Rows
 from smoljax.errors import CheckpointError, DataError, Error, UsageError, require
-from smoljax.step import TrainState, init_state
+from smoljax.step import TrainState, abstract_state, compiled_init
 
 # What a resumed run may change: how it computes, watches and reports, and what lies ahead. All else is refused; data
 # and stages are compared as far as they were read (check_same_data).
@@ -217,7 +216,7 @@ def initial_state(config: Train, rows: Rows | None, places: TrainState) -> Train
     model = None
     if config.init_from:
         model = jax.device_put(initial_weights(config, rows), places.model)
-    return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
+    return compiled_init(config, places)(model)
 
 
 def initial_weights(config: Train, rows: Rows | None):
@@ -230,5 +229,5 @@ def initial_weights(config: Train, rows: Rows | None):
     require(not differ, f"init_from = {config.init_from} has another architecture: {', '.join(differ)}")
     for shards in rows.sources.values() if rows else ():
         weights.check_tokenizer(found, shards)
-    shape = jax.eval_shape(partial(init_state, config)).model
+    shape = abstract_state(config).model
     return jax.tree.unflatten(jax.tree.structure(shape), jax.tree.leaves(found.model))

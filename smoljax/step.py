@@ -25,16 +25,25 @@ class TrainState:
 
 
 def init_state(config: Train, model: SmolLM | None = None) -> TrainState:
-    """A fresh state, from config.seed or around given weights. Run under jit with out_shardings."""
+    """A fresh state, from config.seed or around given weights."""
     if model is None:
         model = SmolLM(config.model, nnx.Rngs(params=config.seed), config.init_std)
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer(config.optim).init(model), guard.fresh(config.guard))
 
 
+def abstract_state(config: Train) -> TrainState:
+    """init_state's shapes, without its weights."""
+    return jax.eval_shape(partial(init_state, config))
+
+
+def compiled_init(config: Train, places: TrainState):
+    """init_state under jit: each device makes its own part; weights that are given are donated."""
+    return jax.jit(partial(init_state, config), donate_argnums=0, out_shardings=places)
+
+
 def of_stage(config: Train, state: TrainState) -> TrainState:
     """The same arrays in a model of this stage (Train.at): theta and length are not arrays, but a model's structure."""
-    abstract = jax.eval_shape(partial(init_state, config))
-    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(state))
+    return jax.tree.unflatten(jax.tree.structure(abstract_state(config)), jax.tree.leaves(state))
 
 
 def compiled_step(config: Train, places: TrainState):

@@ -6,11 +6,14 @@ test_sampling.py, 61 with QUICK (2 EPYC cores). CI gives what computes numbers t
 versions.
 """
 
+import dataclasses
+import gc
 import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import launch
 import pytest
 
 from smoljax.runtime import processor
@@ -27,6 +30,42 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / f"jax-{
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_configure():
+    """Two runs of one config are one program here: tracing and compiling it are 3 CPU s of a tiny run's 4."""
+    from smoljax import step
+
+    for name in ("abstract_state", "compiled_init", "compiled_step"):
+        setattr(step, name, made_once(getattr(step, name)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays: let no collection look through it again
+
+
+def made_once(make):
+    made = {}
+
+    def of(config, places=None):
+        import jax
+
+        # What is not in the programs: where a run writes, how often, and without a decay at its end, when that is.
+        config = dataclasses.replace(config, run=None, sinks=(), save_every=1, keep=1, keep_every=None, log_every=1)
+        config = config if config.optim.decay_steps else dataclasses.replace(config, steps=10**6)
+        given = () if places is None else (places,)
+        key = repr(config), jax.tree.structure(given), *jax.tree.leaves(given)
+        if key not in made:
+            made[key] = make(config, *given)
+        return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory):
+    with launch.Launcher(tmp_path_factory.mktemp("launched")) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,15 @@
-"""Real processes of `smoljax pretrain` for tests, forked from one that has imported everything already.
+"""Real processes for tests, forked from one that has imported everything already: they start in 0.1 s instead of 4.
 
-A process then starts in 0.1 s instead of 8. Its output, its exit code and the rows that it reads are in files:
+A process calls one function of a module of this folder. Its output and its exit code are in files, and what a process
+of `smoljax pretrain` reads:
 
     NAME.out  NAME.err  NAME.pid  NAME.code  NAME.rows (a line "batch row" for each row asked for)
     NAME.held appears when it is about to read a row of the batch to `hold` at, where it waits for NAME.go
 """
 
 import contextlib
+import functools
+import gc
 import importlib
 import json
 import os
@@ -20,7 +23,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("train.pretrain", "smoljax.heldout", "smoljax.readings", "smoljax.runs", "smoljax.corruption", "grain")
-HEAVY += ("jax.experimental.multihost_utils", "jax._src.clusters", "matplotlib.pyplot")
+HEAVY += ("jax.experimental.multihost_utils", "jax._src.clusters", "matplotlib.pyplot", "infer.generate", "pytest")
 
 
 class Process:
@@ -69,12 +72,15 @@ class Process:
 
 
 class Launcher:
-    """Starts processes; a context, which ends with all of them gone."""
+    """Starts processes, with their files in a folder; a context, which ends with all of them gone."""
 
     def __init__(self, folder: Path):
         self.folder, self.started = folder, []
+
+    @functools.cached_property
+    def zygote(self) -> subprocess.Popen:
         env = os.environ | {"PYTHONPATH": str(ROOT)}
-        self.zygote = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
+        return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
 
     def __enter__(self):
         return self
@@ -84,22 +90,33 @@ class Launcher:
             if process.file("pid").exists() and not process.file("code").exists():
                 with contextlib.suppress(ProcessLookupError):
                     process.kill(signal.SIGKILL)
-        self.zygote.stdin.close()
-        self.zygote.wait()
+        if self.started:
+            self.zygote.stdin.close()
+            self.zygote.wait()
+
+    def call(self, function: str, *args, env=(), at=None) -> Process:
+        """A process of module:function with arguments that JSON has, whose result is its exit code.
+
+        env: what is different in its environment; None where a variable is gone. at: its files begin so.
+        """
+        process = Process(at or self.next())
+        job = {"function": function, "args": args, "env": dict(env), "at": str(process.at)}
+        print(json.dumps(job), file=self.zygote.stdin, flush=True)
+        self.started.append(process)
+        return process
+
+    def next(self) -> Path:
+        return self.folder / f"p{len(self.started)}"
 
     def one(self, *argv, devices=8, hold=None, bad=(), env=(), patience=120) -> Process:
-        """One process of as many fake devices.
+        """One process of `smoljax pretrain` on as many fake devices.
 
         hold: the number of the batch, from 0, to wait before. bad: (batch, row) that is damaged once it is read.
         patience: seconds to wait for the others at the start.
         """
-        process = Process(self.folder / f"p{len(self.started)}")
-        env = fake_devices(devices) | dict(env)
-        job = {"argv": list(argv), "at": str(process.at), "env": env, "hold": hold}
-        job |= {"bad": list(bad), "patience": patience}
-        print(json.dumps(job), file=self.zygote.stdin, flush=True)
-        self.started.append(process)
-        return process
+        at = self.next()
+        args = argv, str(at), hold, bad, patience
+        return self.call("launch:pretrain", *args, env=fake_devices(devices) | dict(env), at=at)
 
     def several(self, *argv, count=2, devices=4, hold=(), **kw) -> list[Process]:
         """Processes that find each other by flags. hold: {process: batch}."""
@@ -124,6 +141,7 @@ def zygote():
     """Reads jobs, a JSON object a line, and forks for each: a parent that waits, and the process itself."""
     for name in HEAVY:
         importlib.import_module(name)
+    gc.freeze()  # or each process looks through all of it as it ends: 0.8 s
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     for line in sys.stdin:
         job = json.loads(line)
@@ -132,7 +150,7 @@ def zygote():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         pid = os.fork()
         if not pid:
-            return pretrain(job)
+            return call(job)
         note(f"{job['at']}.pid", pid)
         note(f"{job['at']}.code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
@@ -148,11 +166,23 @@ def note(file: str, value):
     os.replace(f"{file}.part", file)
 
 
-def pretrain(job: dict) -> int:
-    os.environ.update(job["env"])
-    for fd, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{job['at']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+def call(job: dict) -> int:
+    for name, value in job["env"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    for fd, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{job['at']}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    module, name = job["function"].split(":")
+    return getattr(importlib.import_module(module), name)(*job["args"])
+
+
+def program(text: str):
+    exec(text, {})
+
+
+def pretrain(argv: list, at: str, hold: int | None, bad: list[int], patience: float) -> int:
     from jax._src import compiler
 
     from smoljax import errors, processes
@@ -160,9 +190,9 @@ def pretrain(job: dict) -> int:
 
     # On CPU each process compiles a program of its own, and JAX caches the first one's alone: 20 s for each pair.
     compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
-    processes.PATIENCE, pretrain.draw_curves = job["patience"], lambda folder: None
-    watch_rows(job["at"], job["hold"], job["bad"])
-    return errors.run(pretrain.main, job["argv"])
+    processes.PATIENCE, pretrain.draw_curves = patience, lambda folder: None
+    watch_rows(at, hold, bad)
+    return errors.run(pretrain.main, argv)
 
 
 def watch_rows(at: str, hold: int | None, bad: list[int]):

@@ -316,7 +316,7 @@ def test_a_whole_step_lowers_for_cuda(remat, documents, cuda):
     )
     names = ("tokens", "labels", *(["segments"] if documents else []))
     batch = {name: jax.ShapeDtypeStruct((2, 128), jnp.int32) for name in names}
-    state = jax.eval_shape(functools.partial(step.init_state, config))
+    state = step.abstract_state(config)
     train_step = jax.jit(functools.partial(step.train_step, config=config))
     text = train_step.trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
     forward = 2 if remat != "none" and "context" not in REMAT[remat] else 1

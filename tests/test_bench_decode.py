@@ -85,6 +85,7 @@ def test_every_dtype_has_its_own_bytes_and_all_its_tokens(dtype):
     assert least + kept <= row["read_mb"] * 1e6 < least + kept + 20_000  # scales and norms
 
 
+@pytest.mark.slow  # 20 CPU s of compiling every dtype's programs
 def test_it_runs_from_a_checkout_without_what_a_gpu_machine_lacks(tmp_path):
     """Nothing but JAX, flax (which brings orbax and rich itself), optax and numpy is imported, the suite too."""
     lacking = "grain datatrove einops safetensors tokenizers pyarrow orjson gguf jinja2 torch transformers".split()

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from smoljax import checkpoint, committed, sharding, sums
 from smoljax.config import Mesh, Model, Optim, Train
 from smoljax.errors import CheckpointError
-from smoljax.step import init_state
+from smoljax.step import abstract_state, init_state
 
 CONFIG = Train(model=Model(32, 64, 2, 4, 2, 8, vocab_size=100), steps=10, optim=Optim(warmup_steps=0))
 
@@ -22,13 +23,19 @@ def state():
     return jax.jit(partial(init_state, CONFIG))()
 
 
-@pytest.fixture
-def run(tmp_path, state):
-    with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=3) as saved:
+@pytest.fixture(scope="module")
+def trained(state, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with checkpoint.Checkpoints(folder, keep=2, keep_every=3) as saved:
         for step in range(1, 9):
             moved = dataclasses.replace(state, model=jax.tree.map(lambda w, s=step: w + s, state.model))
             saved.save(step, {"model": dataclasses.asdict(CONFIG.model)}, **checkpoint.parts(moved))
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_the_newest_and_every_third_are_kept(run):
@@ -37,7 +44,7 @@ def test_the_newest_and_every_third_are_kept(run):
 
 def test_a_state_is_restored_bit_for_bit_on_another_mesh(run, state):
     mesh = sharding.mesh(Mesh(fsdp=4, tensor=2))
-    abstract = jax.eval_shape(partial(init_state, CONFIG))
+    abstract = abstract_state(CONFIG)
     with checkpoint.Checkpoints(run) as saved:
         found = saved.restore(7, abstract, sharding.shardings(abstract, mesh))
         assert saved.metadata(7)["versions"]["jax"] == jax.__version__

@@ -170,7 +170,7 @@ def test_logprobs_are_the_models(model, served):
             assert which == np.argsort(-line)[:2].tolist()
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_prompt_logprobs_are_the_models(model, served, int8):
     requests = [Request(prompt(n, n), 2) for n in (1, 5, 30, 1300, 64)]  # a group, one in pieces
     if int8:  # by the weights that are asked
@@ -319,7 +319,10 @@ def test_int8_cache_is_close(model, served):
 SHORT = [Request(prompt(n, n), new, n) for n, new in ((5, 30), (31, 40), (1, 3), (12, 33), (2, 24), (32, 1))]
 
 
-@pytest.mark.parametrize("weights, cache", [("float32", "int8"), ("int8", "float32"), ("int8, embedding too", "int8")])
+@pytest.mark.parametrize(
+    "weights, cache",
+    [("float32", "int8"), pytest.param("int8", "float32", marks=pytest.mark.slow), ("int8, embedding too", "int8")],
+)
 def test_int8_in_any_batch(shallow, weights, cache):
     small = shallow if weights == "float32" else quantize(loud(SHALLOW), embedding="too" in weights)
     options = dict(sampling=PENALIZED, eos=EOS, rounds=4, cache=cache)

@@ -1,13 +1,13 @@
 """What a run of one process does when something goes wrong: kills, signals, bad numbers, full disks, hanging steps.
 
-Faults come in through the fed batches: `python tests/test_faults.py FAULTS ARGS...` is `smoljax pretrain ARGS...` with
-the faults of a JSON object, {"kill": 5, "bad": [3]}, for what ends a process.
+Faults come in through the fed batches, in a process of its own for what ends one.
 """
 
 import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -15,8 +15,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -25,7 +23,6 @@ from types import MappingProxyType, SimpleNamespace
 
 import corpus
 import jax
-import launch
 import numpy as np
 import pytest
 import test_pretrain as whole
@@ -48,7 +45,7 @@ from smoljax import (
     watch,
 )
 from smoljax.config import Guard, Mesh
-from smoljax.step import init_state
+from smoljax.step import abstract_state
 from train import pretrain, replay
 
 V = 64
@@ -109,11 +106,15 @@ def stand_still(number):
     lock(mutex)
 
 
-def child(faults, *argv, devices=8, **kw):
-    env = os.environ | launch.fake_devices(devices) | {"PYTHONPATH": str(whole.ROOT)}
-    command = [sys.executable, __file__, json.dumps(faults), *argv]
-    kw = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | kw
-    return subprocess.run(command, env=env, cwd=whole.ROOT, text=True, **kw)
+def faulty_pretrain(faults: dict, *argv) -> int:
+    """What a process does that a fault ends: launcher.call("test_faults:faulty_pretrain", ...)."""
+    data.batches, pretrain.draw_curves = faulty(data.batches, **faults), lambda folder: None
+    return errors.run(pretrain.main, argv)
+
+
+@pytest.fixture
+def child(launcher):
+    return functools.partial(launcher.call, "test_faults:faulty_pretrain")
 
 
 def run(monkeypatch, argv, **faults):
@@ -154,12 +155,12 @@ def uninterrupted(place):
 BAD = [4, 11]
 
 
-def test_killed_on_both_sides_of_a_stage_equals_uninterrupted_bit_for_bit(place, uninterrupted, monkeypatch):
+def test_killed_on_both_sides_of_a_stage_equals_uninterrupted_bit_for_bit(place, uninterrupted, child, monkeypatch):
     rng = np.random.default_rng(0)
     kills = [int(rng.integers(3, 8)), 8, int(rng.integers(9, 15))]  # within each stage, and where the second begins
     for kill in kills:
         ended = child({"kill": kill, "bad": BAD}, *words(place, "killed", "keep=99"))
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert ended.code == -signal.SIGKILL, ended.err
     assert run(monkeypatch, words(place, "killed", "keep=99"), bad=BAD) == 0
     assert_same_run(uninterrupted, place / "killed", 14)
     last = records(uninterrupted)[-1]
@@ -185,10 +186,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, uninterrupted, monke
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(place):
+def test_a_second_signal_ends_at_once(place, child):
     faults = {"signals": [[4, signal.SIGTERM], [4, signal.SIGINT]]}
     ended = child(faults, *words(place, "twice", "save_every=100"))
-    assert ended.returncode == 130 and "a second signal stops at once" in ended.stderr
+    assert ended.code == 130 and "a second signal stops at once" in ended.err
     assert committed.steps(place / "twice") == []
 
 
@@ -327,12 +328,12 @@ def test_too_many_in_a_row_end_the_run_and_the_same_command_goes_on(place, monke
 
 
 @pytest.mark.slow
-def test_a_step_that_never_comes_is_ended_with_all_stacks(place):
+def test_a_step_that_never_comes_is_ended_with_all_stacks(place, child):
     """The second one, when no step is known to be done yet."""
     argv = words(place, "hangs", "guard.watchdog_s=2", "guard.watchdog=2", "stages=[]", "save_every=1")
     ended = child({"block": 2}, *argv)
-    assert ended.returncode == 75, ended.stderr
-    assert "no step for" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.code == 75, ended.err
+    assert "no step for" in ended.err and "Traceback" not in ended.err
     stacks = (place / "hangs/stacks-0.txt").read_text()
     assert stacks.count("Thread 0x") + stacks.count("Current thread") > 1
     assert "in batches" in stacks and "train/pretrain.py" in stacks  # which says what it waited for
@@ -340,11 +341,11 @@ def test_a_step_that_never_comes_is_ended_with_all_stacks(place):
 
 
 @pytest.mark.slow
-def test_signals_are_heard_while_the_main_thread_is_in_native_code(place):
+def test_signals_are_heard_while_the_main_thread_is_in_native_code(place, child):
     """As in a long compilation, or in a collective whose peer is gone: there the interpreter runs no handler."""
     ended = child({"native": 4}, *words(place, "native", "stages=[]", "guard.grace_s=0.5"))
-    assert ended.returncode == 75, ended.stderr
-    assert "no checkpoint within guard.grace_s = 0.5 s of the signal; the last one stands" in ended.stderr
+    assert ended.code == 75, ended.err
+    assert "no checkpoint within guard.grace_s = 0.5 s of the signal; the last one stands" in ended.err
     assert committed.newest_sound(place / "native") == 2
 
 
@@ -435,13 +436,15 @@ def at_work(place, sizes):
     """(config, mesh, state, batch) of a run's beginning on a mesh."""
     config = dataclasses.replace(settings.load(*[(w := words(place, "x", "stages=[]"))[0], w[1:]]), mesh=Mesh(*sizes))
     mesh = sharding.mesh(config.mesh)
-    places = sharding.shardings(jax.eval_shape(partial(init_state, config)), mesh)
+    places = sharding.shardings(abstract_state(config), mesh)
     with jax.set_mesh(mesh):
         state = runs.initial_state(config, None, places)
         return config, mesh, state, next(data.batches(data.Rows(config), 0, 1, sharding.batch_sharding(mesh)))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", ["data", "fsdp", "all", *(pytest.param(n, marks=pytest.mark.slow) for n in ("heads", "replicas"))]
+)
 def test_an_honest_state_passes_and_a_flipped_bit_is_found(place, name):
     config, mesh, state, batch = at_work(place, MESHES[name])
     with jax.set_mesh(mesh):
@@ -694,8 +697,3 @@ def test_a_sink_that_breaks_stops_nothing(place, uninterrupted, monkeypatch, cap
     said = [r.getMessage() for r in caplog.records if "gets no more metrics" in r.getMessage()]
     assert len(said) == 1 and said[0].startswith("tensorboard gets no more metrics")
     assert_same_run(uninterrupted, place / "sink", 14)
-
-
-if __name__ == "__main__":
-    data.batches, pretrain.draw_curves = faulty(data.batches, **json.loads(sys.argv[1])), lambda folder: None
-    raise SystemExit(errors.run(pretrain.main, sys.argv[2:]))

@@ -1,7 +1,4 @@
-"""`smoljax generate`, its batch jobs, text as it comes, and the model's own generation settings.
-
-`python tests/test_generate.py N ARGS...` is `smoljax generate ARGS...`, killed behind its first N rows.
-"""
+"""`smoljax generate`, its batch jobs, text as it comes, and the model's own generation settings."""
 
 import itertools
 import json
@@ -23,7 +20,6 @@ from smoljax.errors import DataError, UsageError, run
 from smoljax.generation import complete
 from smoljax.streaming import Text
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["def test", "import 3.14", "return", "x  12"]
 
 
@@ -163,8 +159,8 @@ def test_processes_share_a_job(folder, tmp_path, capsys):
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
 
 
-def killed(rows: int, argv):
-    """`smoljax generate ARGV`, and kill -9 in the middle of the line behind so many more rows."""
+def dying_generate(rows: int, argv):
+    """In a process: `smoljax generate ARGV`, and kill -9 in the middle of the line behind so many more rows."""
     written, write = itertools.count(), jobs.Job.write
 
     def dying(job, row):
@@ -178,15 +174,14 @@ def killed(rows: int, argv):
     generate.main(argv)
 
 
-def test_killed_at_any_moment(folder, tmp_path, capsys):
+def test_killed_at_any_moment(folder, launcher, tmp_path, capsys):
     """kill -9, and the same command: each row once, in order, as uninterrupted."""
     write(tmp_path / "in.jsonl", [{"prompt": TEXTS[i % 4] * (1 + i % 9), "max_new_tokens": 12} for i in range(60)])
     argv = [str(folder), "--input", str(tmp_path / "in.jsonl"), "--ignore-eos", "--batch-size", "30", "--output"]
     assert generate.main([*argv, str(tmp_path / "whole")]) == 0
     for rows, done in ((0, 0), (19, 19), (20, 39)):  # of its own, and in all
-        command = [sys.executable, __file__, str(rows), *argv, str(tmp_path / "killed")]
-        process = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        process = launcher.call("test_generate:dying_generate", rows, [*argv, str(tmp_path / "killed")])
+        assert process.code == -signal.SIGKILL, process.err
         left = (tmp_path / "killed.part-1-of-1").read_bytes()
         assert left.count(b"\n") == done and not left.endswith(b"\n") and not (tmp_path / "killed").exists()
     capsys.readouterr()
@@ -303,7 +298,3 @@ def test_more_than_memory(folder, monkeypatch):
         UsageError, match="rows with 256 places need .* GB beside .*--batch-size.*--max-new-tokens.*int8"
     ):
         generate.main([str(folder), "--prompt", "a", "--n", "2"])
-
-
-if __name__ == "__main__":
-    killed(int(sys.argv[1]), sys.argv[2:])

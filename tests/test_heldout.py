@@ -1,15 +1,7 @@
-"""Held-out loss against one window after another on one device, on any mesh, in two processes; its mistakes.
+"""Held-out loss against one window after another on one device, on any mesh, in two processes; its mistakes."""
 
-As a program (PORT RANK FOLDER) this file is one of the two processes of the last test.
-"""
-
-import contextlib
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,21 +213,11 @@ def test_results_that_cannot_be(place, tmp_path):
     assert np.isnan(result["loss"]) and heldout.record("web", result) == {"eval/web/loss": None}  # as JSON can have it
 
 
-def test_two_processes_measure_what_one_does_and_read_their_own_rows_alone(place):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    repo = Path(__file__).resolve().parents[1]
-    env = os.environ | launch.fake_devices(2) | {"PYTHONPATH": str(repo)}
-    with contextlib.ExitStack() as stack:
-        started = []
-        for rank in range(2):
-            command = [sys.executable, __file__, str(port), str(rank), str(place)]
-            process = stack.enter_context(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-            stack.callback(process.kill)  # the other waits for one that has failed
-            started.append(process)
-        outputs = [process.communicate(timeout=300)[0] for process in started]
-    found = [json.loads(output.splitlines()[-1]) for output in outputs]  # gloo writes to stdout as well
+def test_two_processes_measure_what_one_does_and_read_their_own_rows_alone(place, launcher):
+    args, env = (launch.free_port(), str(place)), launch.fake_devices(2)
+    processes = [launcher.call("test_heldout:one_of_two", rank, *args, env=env) for rank in range(2)]
+    assert [p.code for p in processes] == [0, 0], [p.err for p in processes]
+    found = [json.loads(p.file("out").read_text().splitlines()[-1]) for p in processes]  # gloo writes there as well
     assert found[0]["results"] == found[1]["results"]  # bit for bit
     for result in found[0]["results"]:
         check(result)
@@ -244,9 +226,9 @@ def test_two_processes_measure_what_one_does_and_read_their_own_rows_alone(place
     assert whole == whole_too == list(range(11))  # weights are split over the processes, rows are not
 
 
-def main(port: str, rank: str, place: str):
+def one_of_two(rank: int, port: int, place: str):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     results, read, read_window = [], [], Windows.__getitem__
     for sizes in (Mesh(1, 4, 1), Mesh(1, 1, 4)):
         numbers = []
@@ -256,7 +238,3 @@ def main(port: str, rank: str, place: str):
             results.append(heldout.measure(model, opened(Path(place)), ROWS, Compute(), mesh))
         read.append(numbers)
     print(json.dumps({"results": results, "read": read}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import launch
 import pytest
 from hub_server import READ_TOKEN, TOKEN, Fault, Repo, running
 
@@ -37,6 +38,7 @@ NOW = {"Retry-After": "0"}
 
 PROGRAM = """
 import sys, logging
+assert "huggingface_hub" not in sys.modules
 from smoljax import errors, hub
 logging.basicConfig(format="smoljax: %(message)s")
 {before}
@@ -55,20 +57,14 @@ def server():
 
 
 @pytest.fixture
-def start(server, tmp_path):
-    """Start a process that calls hub.*: Popen."""
+def start(server, launcher, tmp_path):
+    """Start a process that calls hub.*"""
 
-    def start(call: str, before: str = "", **env) -> subprocess.Popen:
-        ours = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1"}
-        ours |= {"PYTHONPATH": str(REPO), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "TRANSFORMERS_OFFLINE"}
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(call=call, before=before)],
-            env={k: v for k, v in (kept | ours | env).items() if v is not None},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(call: str, before: str = "", **env) -> launch.Process:
+        ours = {name: None for name in os.environ if name.startswith("HF_") or name == "TRANSFORMERS_OFFLINE"}
+        ours |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        ours |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        return launcher.call("launch:program", PROGRAM.format(call=call, before=before), env=ours | env)
 
     return start
 
@@ -79,10 +75,10 @@ def run(start):
 
     def run(call: str, before: str = "", **env) -> tuple[int, str, str]:
         process = start(call, before, **env)
-        out, err = process.communicate(timeout=60)
+        code, out, err = process.code, process.file("out").read_text(), process.file("err").read_text()
         assert "hf_" not in out + err and "Bearer" not in out + err
         assert "Traceback" not in err, err
-        return process.returncode, out.strip(), err.strip()
+        return code, out.strip(), err.strip()
 
     return run
 
@@ -171,8 +167,8 @@ def test_a_killed_download_goes_on_with_the_files_that_are_missing(server, start
     process = start("hub.download('me/model')")
     until(lambda: server.seen("GET /cdn/") and len(server.seen("GET .*/resolve/")) == 4)
     time.sleep(0.3)  # the small files are renamed into place
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill(signal.SIGKILL)
+    assert process.code == -signal.SIGKILL
     hold.set()
     code, out, _ = run("hub.download('me/model')")
     assert code == 0 and read(out) == FILES

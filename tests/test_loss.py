@@ -152,7 +152,7 @@ CONFIG = Train(
 )
 LOGITS = CONFIG.data.batch_size * CONFIG.data.seq_len * CONFIG.model.vocab_size
 BATCH = {name: jax.ShapeDtypeStruct((8, 32), jnp.int32) for name in ("tokens", "labels", "segments")}
-STATE = jax.eval_shape(functools.partial(step.init_state, CONFIG))
+STATE = step.abstract_state(CONFIG)
 
 
 def compiled(f, *args):

@@ -81,7 +81,11 @@ def test_import_is_exact(name, dtype, tmp_path):
     [
         (1, Optim(decay="1-sqrt")),
         (4, Optim(decay="linear")),
-        (1, Optim(decay="cosine", weight_decay_on="matrices", weight_decay=0.3, min_lr=1e-4)),
+        pytest.param(
+            1,
+            Optim(decay="cosine", weight_decay_on="matrices", weight_decay=0.3, min_lr=1e-4),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "accumulated", "decay-on-matrices"],
 )

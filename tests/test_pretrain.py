@@ -2,18 +2,13 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import corpus
 import jax
-import launch
 import numpy as np
 import pytest
 
@@ -21,7 +16,7 @@ from infer import convert
 from smoljax import budget, checkpoint, committed, metrics, readings, runs, settings, sharding, step
 from smoljax.data import Rows
 from smoljax.errors import Error, run
-from smoljax.step import init_state
+from smoljax.step import abstract_state
 from train import pretrain
 
 V = 64
@@ -68,11 +63,6 @@ def arrays(folder, step):
     return {f"{k}.{n}": np.asarray(a) for k, tree in found.items() for n, a in tree.items()}
 
 
-def process(*argv, devices=8, **kw):
-    env = os.environ | launch.fake_devices(devices)
-    return subprocess.Popen([sys.executable, "-m", "train.pretrain", *argv], env=env, cwd=ROOT, **kw)
-
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -81,14 +71,14 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place, launcher):
     argv = ("steps=60", "save_every=5", "keep=3")
     assert pretrain.main(words(place, "whole", *argv)) == 0
-    child = process(*words(place, "killed", *argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not committed.steps(place / "killed"):
+    child = launcher.one(*words(place, "killed", *argv))
+    while not child.file("code").exists() and not committed.steps(place / "killed"):
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    child.kill(signal.SIGKILL)
+    assert child.code == -signal.SIGKILL
     with checkpoint.Checkpoints(place / "killed") as saved:
         assert 0 < saved.latest < 60
     assert pretrain.main(words(place, "killed", *argv)) == 0
@@ -102,13 +92,12 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     assert losses(place / "whole")[-1][1] < 0.6 * losses(place / "whole")[0][1]
 
 
-def test_a_run_on_8_devices_goes_on_on_4(place):
+def test_a_run_on_8_devices_goes_on_on_4(place, launcher):
     assert pretrain.main(words(place, "eight", "steps=4", "mesh.fsdp=4", "mesh.tensor=2")) == 0
     assert pretrain.main(words(place, "four", "steps=2", "mesh.fsdp=4", "mesh.tensor=2")) == 0
-    child = process(*words(place, "four", "steps=4", "mesh.data=2", "mesh.fsdp=2"), devices=4, stderr=subprocess.PIPE)
-    _, stderr = child.communicate()
-    assert child.returncode == 0, stderr
-    assert b"resuming with mesh.fsdp = 2 (was 4)" in stderr and b"4 x cpu" in stderr
+    child = launcher.one(*words(place, "four", "steps=4", "mesh.data=2", "mesh.fsdp=2"), devices=4)
+    assert child.code == 0, child.err
+    assert "resuming with mesh.fsdp = 2 (was 4)" in child.err and "4 x cpu" in child.err
     eight, four = losses(place / "eight"), losses(place / "four")
     assert [s for s, *_ in four] == [1, 2, 3, 4]
     np.testing.assert_allclose([x[1] for x in eight], [x[1] for x in four], atol=1e-5)
@@ -345,16 +334,15 @@ def test_a_start_killed_before_its_first_checkpoint_may_change(place):
     assert json.loads((place / "began/config.json").read_text())["seed"] == 1
 
 
-def test_one_run_is_trained_by_one_process(place):
+def test_one_run_is_trained_by_one_process(place, launcher):
     argv = words(place, "busy", "steps=100000", "save_every=100000")
-    first = process(*argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while first.poll() is None and not metrics.read(place / "busy"):
-        time.sleep(0.05)
-    second = process(*argv, stderr=subprocess.PIPE, text=True)
-    _, stderr = second.communicate()
-    first.kill()
-    assert first.wait() == -signal.SIGKILL and second.returncode == 2
-    assert "another `smoljax pretrain` is at work in" in stderr and "Traceback" not in stderr
+    first = launcher.one(*argv, hold=1)
+    first.until("held")
+    second = launcher.one(*argv)
+    assert second.code == 2
+    assert second.err.startswith("smoljax: another `smoljax pretrain` is at work in") and second.err.count("\n") == 1
+    first.kill(signal.SIGKILL)
+    assert first.code == -signal.SIGKILL
 
 
 def test_a_damaged_metrics_file_is_named(place, capsys):
@@ -391,7 +379,7 @@ def test_a_loss_that_is_never_finite_stops_the_run_and_changes_nothing(place, ca
     assert sorted(p.name for p in (place / "nan/dumps").iterdir()) == ["1", "2", "3"]
     config = settings.load(*(argv[0], argv[1:]))
     mesh = sharding.mesh(config.mesh)
-    places = sharding.shardings(jax.eval_shape(partial(init_state, config)), mesh)
+    places = sharding.shardings(abstract_state(config), mesh)
     fresh = checkpoint.by_name(runs.initial_state(config, None, places).model)
     saved = arrays(place / "nan", 2)
     for name, array in fresh.items():

@@ -38,12 +38,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def launcher(place):
-    with launch.Launcher(place) as started:
-        yield started
-
-
 def words(place, name, *settings):
     always = (f"steps={STEPS}", "save_every=4", "keep=9", f"data.sources={place / 'shards'}", f"run={place / name}")
     return [str(place / "tiny.py"), *always, *settings]

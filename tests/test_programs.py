@@ -13,7 +13,8 @@ from smoljax import metrics
 from train import demo, evaluate, prepare, pretrain
 
 REPO = Path(__file__).parents[1]
-SMALL = ("model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2")
+SMALL = ["model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2"]
+SMALL += ["data.batch_size=8"]
 
 
 @pytest.fixture(scope="module")

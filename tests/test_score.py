@@ -143,6 +143,7 @@ def test_few_programs_for_all_lengths(model):
     assert len(shapes) <= 32 and {T for _, T in shapes} <= {16 << i for i in range(8)}
 
 
+@pytest.mark.slow
 def test_the_real_weights_score_in_a_batch_what_they_score_alone():
     name = "smollm2-135m-instruct"
     try:

@@ -1,14 +1,12 @@
 """The training step's structure, read from its program: what no loss or gradient shows, and speed depends on."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from test_model import operations
 
 from smoljax.config import Compute, Data, Model, Optim, Train
-from smoljax.step import gradient, init_state
+from smoljax.step import abstract_state, gradient
 
 L, A = 3, 2
 MODEL = Model(32, 96, L, 4, 2, head_dim=8, vocab_size=128, max_position_embeddings=64)
@@ -19,7 +17,7 @@ def program(**changes):
     compute = Compute(dtype="bfloat16", remat="minimal_with_context")
     config = Train(MODEL, 9, Data(seq_len=32, batch_size=8), Optim(warmup_steps=1), compute, **changes)
     row = jax.ShapeDtypeStruct((8, 32), jnp.int32)
-    model = jax.eval_shape(partial(init_state, config)).model
+    model = abstract_state(config).model
     return jax.make_jaxpr(lambda m, b: gradient(m, b, config)[:2])(model, {"tokens": row, "labels": row}).jaxpr
 
 

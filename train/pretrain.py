@@ -124,7 +124,7 @@ def train(config: Train, fitted: Train, rows, held: dict, mesh, start: int, chec
     from smoljax.checkpoint import parts
     from smoljax.data import batches
     from smoljax.readings import Readings
-    from smoljax.step import compiled_step, init_state, of_stage
+    from smoljax.step import abstract_state, compiled_step, of_stage
 
     feed = batches(rows, start, config.steps, sharding.batch_sharding(mesh))
     agreement = processes.Agreement(mesh)
@@ -139,7 +139,7 @@ def train(config: Train, fitted: Train, rows, held: dict, mesh, start: int, chec
                 unread = None
                 part, at = rows.part(n - 1), fitted.at(n - 1)
                 with read.dog.pause(), meter.timing("restore"):
-                    abstract = jax.eval_shape(partial(init_state, at))
+                    abstract = abstract_state(at)
                     places = sharding.shardings(abstract, mesh)
                     update = compiled_step(at, places)
                     check = corruption.Check(at, mesh) if config.guard.check_every else None

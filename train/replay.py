@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 from smoljax import settings
@@ -72,10 +71,10 @@ def state_before(config: Train, dump: Path, folder: Path, n: int, rows):
     import jax
 
     from smoljax import checkpoint, committed, runs, sharding, sums
-    from smoljax.step import init_state
+    from smoljax.step import abstract_state
 
     def abstract_and_places(step: int):
-        abstract = jax.eval_shape(partial(init_state, config.at(step)))
+        abstract = abstract_state(config.at(step))
         return abstract, sharding.shardings(abstract, jax.sharding.get_mesh())
 
     for place in (dump, dump.parent.parent, folder):  # the run may have moved, or its dump
