@@ -208,6 +208,7 @@ def against_llama_cpp(folder) -> list[str]:
     return ["--against", "llama.cpp", "--llama-cpp", str(folder)]
 
 
+@pytest.mark.slow
 def test_the_duel_with_llama_cpp_by_one_that_counts(node, installed, capsys):
     assert main([*SHORT, *against_llama_cpp(installed), *TINY]) == 0
     result = last_line(capsys.readouterr().out)

@@ -172,7 +172,9 @@ def test_killed_on_both_sides_of_a_stage_equals_uninterrupted_bit_for_bit(place,
 # ---- signals
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(place, uninterrupted, monkeypatch, capsys, number, code):
     argv = words(place, f"signal-{number}", "keep=99", "save_every=100")
     assert run(monkeypatch, argv, bad=BAD, signals=[(5, number)]) == code

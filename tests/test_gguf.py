@@ -267,7 +267,7 @@ def theirs(folder, ids):
         return model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
 
 
-@pytest.mark.parametrize("name", ["smollm2-360m", "smollm-1.7b"])
+@pytest.mark.parametrize("name", [pytest.param("smollm2-360m", marks=pytest.mark.slow), "smollm-1.7b"])
 def test_transformers_reads_it(name, tmp_path, monkeypatch):
     config = SHAPES[name]
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
@@ -622,6 +622,7 @@ def test_memory_of_a_hostile_header(good, tmp_path):
             gguf.open_source(tmp_path / "more.gguf")
 
 
+@pytest.mark.slow
 def test_memory_of_one_tensor(tmp_path):
     """Reading and writing the largest tensor, 33 MB in f32, in a model of bf16."""
     config = Model(256, 256, 1, 4, 4, 64, vocab_size=32768)

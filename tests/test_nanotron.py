@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -23,12 +24,10 @@ EMBEDDING = "model/model/token_position_embeddings/pp_block/token_embedding"
 NORM = "model/model/final_layer_norm/pp_block/model_weight.safetensors"
 
 
-def hf_tensors(config=CONFIG, seed=0):
-    source = exchange.of_model(make(config, seed), config)
+@cache
+def hf_tensors(config=CONFIG):
+    source = exchange.of_model(make(config), config)
     return {name: source.get(name) for name in exchange.shapes(config)}
-
-
-TENSORS = hf_tensors()
 
 
 def name(tp_rank, tp, pp_rank=0, pp=1):
@@ -37,7 +36,7 @@ def name(tp_rank, tp, pp_rank=0, pp=1):
 
 @pytest.fixture
 def folder(tmp_path):
-    return save(tmp_path / "nt", CONFIG, TENSORS, tp=3, interleaved=True)
+    return save(tmp_path / "nt", CONFIG, hf_tensors(), tp=3, interleaved=True)
 
 
 def edit(folder, file="model_config.json", **keys):
@@ -99,19 +98,20 @@ def test_the_makers_files(folder):
             "unsharded_shape": "(np.int64(120), 72)",
         }
     layer = "model.layers.1.self_attn"
-    q, k, v = (TENSORS[f"{layer}.{part}_proj.weight"] for part in "qkv")
+    tensors = hf_tensors()
+    q, k, v = (tensors[f"{layer}.{part}_proj.weight"] for part in "qkv")
     order = [0, 4, 1, 5, 2, 6, 3, 7]  # of a head's 8 rows, interleaved
     expected = [q.reshape(9, 8, 72)[3:6][:, order], k.reshape(3, 8, 72)[1:2][:, order], v.reshape(3, 8, 72)[1:2]]
     assert np.array_equal(rank["data"], np.concatenate(expected).reshape(40, 72))
     o = load_file(folder / "model/model/decoder/0/pp_block/attn/o_proj" / name(2, 3))["data"]
-    assert np.array_equal(o, TENSORS["model.layers.0.self_attn.o_proj.weight"][:, 48:])
+    assert np.array_equal(o, tensors["model.layers.0.self_attn.o_proj.weight"][:, 48:])
     up = load_file(folder / "model/model/decoder/0/pp_block/mlp/gate_up_proj" / name(0, 3))["data"][64:]
-    assert np.array_equal(up, TENSORS["model.layers.0.mlp.up_proj.weight"][:64])
+    assert np.array_equal(up, tensors["model.layers.0.mlp.up_proj.weight"][:64])
     assert not (folder / "model/model/lm_head").exists()
 
 
 def test_one_file_is_mapped_and_not_copied(tmp_path):
-    source = nanotron.open_source(save(tmp_path, CONFIG, TENSORS))
+    source = nanotron.open_source(save(tmp_path, CONFIG, hf_tensors()))
     for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
         base = source.get(f"model.layers.1.{part}.weight")
         while base.base is not None and not isinstance(base, np.memmap):
@@ -376,7 +376,7 @@ def test_slices_mean_what_they_say(folder):
     b.rename(a)
     (folder / "aside").rename(b)
     found = nanotron.open_source(folder).tensor("model.embed_tokens.weight")
-    assert np.array_equal(found, TENSORS["model.embed_tokens.weight"])
+    assert np.array_equal(found, hf_tensors()["model.embed_tokens.weight"])
     save_file({"data": np.roll(found, 100, axis=0)}, a, {"unsharded_shape": "(300, 72)"})  # one file, turned
     change(
         a, local_global_slices_pairs="0,100,None|None,None,None#200,300,1|0,72,1;100,None,None|0,72,1#0,200,1|0,72,1"
@@ -384,12 +384,12 @@ def test_slices_mean_what_they_say(folder):
     for path in (b, a.with_name(name(1, 3))):
         path.unlink()
     found = nanotron.open_source(folder).tensor("model.embed_tokens.weight")
-    assert np.array_equal(found, TENSORS["model.embed_tokens.weight"])
+    assert np.array_equal(found, hf_tensors()["model.embed_tokens.weight"])
 
 
 def test_different_dtypes_take_the_one_that_holds_all(tmp_path):
-    folder = save(tmp_path, CONFIG, TENSORS, tp=3, dtype="bfloat16")
-    norm = TENSORS["model.norm.weight"]
+    folder = save(tmp_path, CONFIG, hf_tensors(), tp=3, dtype="bfloat16")
+    norm = hf_tensors()["model.norm.weight"]
     save_file({"data": norm}, folder / NORM)
     rank = folder / EMBEDDING / name(1, 3)
     with safe_open(rank, "numpy") as file:
@@ -397,7 +397,7 @@ def test_different_dtypes_take_the_one_that_holds_all(tmp_path):
     save_file({"data": load_file(rank)["data"].astype(np.float32)}, rank, metadata)
     source = nanotron.open_source(folder)
     assert source.dtype == "float32" and np.array_equal(source.tensor("model.norm.weight"), norm)
-    embedding, expected = source.tensor("model.embed_tokens.weight"), TENSORS["model.embed_tokens.weight"]
+    embedding, expected = source.tensor("model.embed_tokens.weight"), hf_tensors()["model.embed_tokens.weight"]
     assert str(embedding.dtype) == "float32" and np.array_equal(embedding, expected.astype("bfloat16").astype("f4"))
 
 
@@ -452,7 +452,7 @@ def test_links_of_the_hubs_cache(folder, tmp_path):
         file.rename(blobs / str(i))
         link.symlink_to(Path(*[".."] * (len(link.relative_to(tmp_path / "cache").parts) - 1), "blobs", str(i)))
     found = nanotron.open_source(home).tensor("model.layers.1.self_attn.k_proj.weight")
-    assert np.array_equal(found, TENSORS["model.layers.1.self_attn.k_proj.weight"])
+    assert np.array_equal(found, hf_tensors()["model.layers.1.self_attn.k_proj.weight"])
 
 
 def test_tokenizer_beside_it(folder):

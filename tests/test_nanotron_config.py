@@ -430,6 +430,7 @@ def interleaved(w, tokens):
     return norm(x, w["norm"]) @ w["embed"].T
 
 
+@pytest.mark.slow
 def test_interleaved_pairs_are_the_same_training():
     """The same weights, q's and k's rows in another order: the same logits, and the same after ten steps of AdamW."""
     model = jax.jit(lambda: SmolLM(TINY, nnx.Rngs(params=0), init_std=0.3))()

@@ -360,7 +360,7 @@ def batch(n: int) -> dict:
     return {"tokens": tokens[:, :-1], "labels": jnp.where(counted, tokens[:, 1:], IGNORE)}
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 12])
+@pytest.mark.parametrize("accumulate", [2, 3, pytest.param(12, marks=pytest.mark.slow)])
 def test_accumulation_is_one_big_batch(accumulate):
     one, one_metrics = train(1)
     many, many_metrics = train(accumulate)

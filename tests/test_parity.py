@@ -14,10 +14,15 @@ from smoljax.config import Data, Optim, Train
 from smoljax.optim import wsd
 from smoljax.step import init_state, train_step
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-torch.set_num_threads(1)
-transformers.utils.logging.disable_progress_bar()
+
+@pytest.fixture(scope="module", autouse=True)
+def peers():
+    """Imported where they are used: 4 CPU s, in each of the suite's processes."""
+    global torch, transformers
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def theirs(model, config, folder):

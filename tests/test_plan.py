@@ -143,7 +143,13 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    "name, sizes", [("even", (1, 8, 1)), ("even", (2, 2, 2)), ("9 heads", (2, 2, 2)), ("9 heads", (1, 1, 8))]
+    "name, sizes",
+    [
+        ("even", (2, 2, 2)),
+        ("9 heads", (2, 2, 2)),
+        pytest.param("even", (1, 8, 1), marks=pytest.mark.slow),
+        pytest.param("9 heads", (1, 1, 8), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("kind, mu", [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32")])
 def test_state_is_what_real_arrays_take(name, sizes, kind, mu):

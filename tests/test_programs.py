@@ -31,7 +31,15 @@ def place(tmp_path_factory):
         sources = "data.sources=shards"
         argv = ["demo", sources, "run=runs/short", "steps=90", "optim.decay_steps=30", *SMALL]
         assert pretrain.main(argv) == 0
-        argv = ["demo-long", sources, "init_from=runs/short", "run=runs/long", "steps=20", "optim.decay_steps=5"]
+        argv = [
+            "demo-long",
+            sources,
+            "init_from=runs/short",
+            "run=runs/long",
+            "steps=6",
+            "optim.decay_steps=2",
+            "optim.warmup_steps=1",
+        ]
         assert pretrain.main([*argv, *SMALL]) == 0
         assert convert.main(["runs/long", "hf", "--to", "hf"]) == 0
     return folder

@@ -79,8 +79,13 @@ def test_half_a_step_and_the_same_bits_from_numpy():
     assert not values[3:5].any() and np.array_equal(values[7, 1:6], np.round((np.arange(1, 6) - 48) / 2))
 
 
+QUICKLY = ("smollm-1.7b", "smollm2-135m")  # as many keys as queries; fewer
+
+
 @pytest.mark.parametrize("embedding", [False, True])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [*QUICKLY, *(pytest.param(n, marks=pytest.mark.slow) for n in SHAPES if n not in QUICKLY)]
+)
 def test_what_is_read_is_what_quantize_makes(name, embedding, tmp_path):
     """Bit for bit, of bf16 weights as they are published and of f32 ones; and so are the logits."""
     flags = ["--int8-embedding"] if embedding else []

@@ -286,6 +286,7 @@ def test_trackio_goes_on_in_the_same_run_and_keeps_a_step_once(tmp_path, warned,
     assert [(step, json.loads(metrics)) for _, step, metrics in rows] == [(n, flat(n)) for n in range(1, 9)]
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_in_the_same_run(tmp_path, warned, monkeypatch):
     """Offline, where nobody can say which steps it has: both parts carry the run's id, and what they were given."""
     internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
