@@ -287,6 +287,7 @@ def test_what_is_refused_may_be_allowed_by_name(place, capsys):
     assert "resuming with optim.b2 = 0.99 (was 0.95)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_left_out_is_read_and_not_learned_from(place, capsys):
     argv = ("steps=5", "save_every=1", "keep=9", "optim.warmup_steps=0", "guard.leave_out=3,4", "guard.spike_window=2")
     assert pretrain.main(words(place, "out", *argv)) == 0

@@ -151,6 +151,7 @@ def test_converted_again_it_is_the_same_in_one_file_or_many(place, tmp_path, cap
     assert all(np.array_equal(v, load_file(place / "int8" / "model.safetensors")[k]) for k, v in layers if "proj" in k)
 
 
+@pytest.mark.slow
 def test_dequantised(place, tmp_path):
     """As Params by `read`, and by the other formats, which hold the same numbers."""
     found = load_file(place / "int8" / "model.safetensors")

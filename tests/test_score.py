@@ -95,6 +95,7 @@ def test_a_batch_scores_what_each_row_scores_alone(model, batch_size):
     assert [len(s.logprobs) for s in together] == [len(continuation) for _, continuation in asked]
 
 
+@pytest.mark.slow
 def test_chunks_mesh_and_dtypes(model):
     asked = pairs(30)
     whole = score.loglikelihoods(model, asked)
