@@ -109,7 +109,8 @@ def test_greedy_answers(real, new_tokens):
     found = smoljax.generate(real.model, [real.tokenizer.encode(text).ids for text in texts], max_new_tokens=new_tokens)
     for new, answer in zip(found, ANSWERS, strict=True):
         said = real.tokenizer.decode(new, skip_special_tokens=False)
-        assert said == (answer["text"][: len(said)] if len(new) == new_tokens else answer["text"])
+        whole = len(new) < new_tokens or new_tokens == 96  # as many as the recorded answers have
+        assert said == (answer["text"] if whole else answer["text"][: len(said)])
 
 
 @pytest.mark.slow
