@@ -82,6 +82,7 @@ def test_a_part_of_the_tokens_and_longer_windows(place, capsys):
     assert list(json.loads(captured.out)["loss_by_position"]) == ["0-127", "128-255", "256-511"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_model_gives_the_same_loss(place, capsys, tmp_path):
     assert convert.main([str(place / "run"), str(tmp_path / "hf"), "--to", "hf"]) == 0
     assert convert.main([str(place / "run"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0

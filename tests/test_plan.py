@@ -492,6 +492,7 @@ def test_the_page(place, capsys):
         assert part in page, page
 
 
+@pytest.mark.slow
 def test_checkpoint_and_disk_are_those_of_a_real_run(place, capsys):
     """Orbax compresses: what its arrays hold is compared, by the shapes and dtypes that it says itself."""
     argv = [sources(place / "web"), "steps=8", "keep=2", "keep_every=4", f"run={place / 'real'}"]

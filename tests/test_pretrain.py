@@ -92,6 +92,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place, launcher):
     assert losses(place / "whole")[-1][1] < 0.6 * losses(place / "whole")[0][1]
 
 
+@pytest.mark.slow
 def test_a_run_on_8_devices_goes_on_on_4(place, launcher):
     assert pretrain.main(words(place, "eight", "steps=4", "mesh.fsdp=4", "mesh.tensor=2")) == 0
     assert pretrain.main(words(place, "four", "steps=2", "mesh.fsdp=4", "mesh.tensor=2")) == 0
