@@ -12,7 +12,7 @@ from infer import convert, generate
 from smoljax import metrics
 from train import demo, evaluate, prepare, pretrain
 
-pytestmark = pytest.mark.slow  # a minute and a half of training, as `make demo` is
+pytestmark = pytest.mark.slow  # a minute, mostly of training, as `make demo` is
 REPO = Path(__file__).parents[1]
 SMALL = ["model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2"]
 SMALL += ["data.batch_size=8"]
