@@ -70,17 +70,18 @@ class Answers:
     def run(self, rows: Iterable[dict], strict: bool = False) -> Iterator[dict]:
         """Each row with what was given for it, in order, as soon as those before it are done.
 
-        A row that cannot be has an "error" in place of a text; where `strict`, that ends it all.
+        A row that cannot be has an "error" in place of a text; where `strict`, that ends it all. An error does not say
+        which row it is of: rows count from where a job goes on, or from where this process's share begins.
         """
         at_work, ready, places, following = {}, {}, [], 0
 
         def requests():
             for i, given in enumerate(rows):
                 try:
-                    row, wanted = self.request(given, i)
+                    row, wanted = self.request(given)
                 except Error as e:
                     if strict:
-                        raise
+                        raise type(e)(f"row {i + 1}: {e}") from None
                     ready[i] = given | {"error": str(e)}
                     continue
                 at_work[i] = row
@@ -101,35 +102,30 @@ class Answers:
             yield ready.pop(following)
             following += 1
 
-    def request(self, given: dict, i: int) -> tuple[Row, Request]:
-        if "error" in given:
+    def request(self, given: dict) -> tuple[Row, Request]:
+        if given.keys() == {"line", "error"}:  # as jobs.rows has one that is none
             raise DataError(given["error"])
         taken = [name for name in OWN if name in given]
-        require(not taken, f"row {i + 1} has a key {taken[:1]} already, which is the answer's; rename it")
+        require(not taken, f"it has the keys {taken}, which are the answer's; rename them")
         if self.conversations:
             ids = chat.encode(self.words, self.template.render(self.messages(given)))
         else:
-            text = given.get("prompt")
-            require(
-                "messages" not in given, f"row {i + 1} has messages, among prompts; give --chat, or files of one kind"
-            )
-            require(isinstance(text, str), f"row {i + 1} has the prompt {text!r:.60}, expected a text")
+            require("messages" not in given, "it has messages, among prompts; give --chat, or files of one kind")
+            text = prompt(given)
             ids = self.words.encode(text).ids
-            require(bool(ids), f"prompt {i + 1} is {text!r}, which has no tokens; give some text")
-        wanted = Request(ids, given.get("max_new_tokens", self.max_new_tokens), given.get("seed", self.seed))
-        require(type(wanted.seed) is int, f"row {i + 1} has the seed {wanted.seed!r:.60}, expected a whole number")
-        engine.check(self.config, replace(wanted, seed=wanted.seed + self.n - 1), i)
+            require(bool(ids), f"the prompt is {text!r}, which has no tokens; give some text")
+        new, seed = given.get("max_new_tokens", self.max_new_tokens), given.get("seed", self.seed)
+        require(type(seed) is int, f"the seed is {seed!r:.60}, expected a whole number")
+        wanted = Request(ids, new, seed, name="the prompt")
+        engine.check(self.config, replace(wanted, seed=seed + self.n - 1), wanted.name)
         texts = [Text(self.words, self.stop, self.say) for _ in range(self.n)]
         return Row(given, ids, texts, [None] * self.n), wanted
 
     def messages(self, given: dict) -> list[dict]:
-        if "messages" not in given:
-            text = given.get("prompt")
-            require(isinstance(text, str), f"expected messages or a prompt, found {sorted(given)[:8]}")
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            return [*system, {"role": "user", "content": text}]
-        check_messages(given["messages"])
-        return given["messages"]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        found = given["messages"] if "messages" in given else [*system, {"role": "user", "content": prompt(given)}]
+        check_messages(found)
+        return found
 
     def result(self, row: Row) -> dict:
         samples = [self.sample(text, done) for text, done in zip(row.texts, row.done, strict=True)]
@@ -142,6 +138,17 @@ class Answers:
         if done.logprobs is not None:
             out["logprobs"] = [written(found) for found in done.logprobs]
         return out
+
+
+def prompt(given: dict) -> str:
+    require("prompt" in given, f"expected a prompt or messages, found the keys {sorted(given)[:8]}")
+    text = given["prompt"]
+    require(isinstance(text, str), f"the prompt is {text!r:.60}, expected a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:  # "\ud800" in JSON
+        raise DataError(f"the prompt is not Unicode text ({e.reason}); mend it at its source") from None
+    return text
 
 
 def written(found: tuple) -> dict:

@@ -28,6 +28,7 @@ class Request:
     seed: int = 0  # below 2**32; one prompt and seed give one sample, whatever else is in the batch
     watch: Callable[[list[int]], int | None] | None = None
     """Called with all new tokens when there are more of them; a number ends the row with so many of them kept."""
+    name: str | None = None  # what it is called in a message: by default a prompt, with its number
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Row:
     prompt_logprobs: list = field(default_factory=list)
     reason: str | None = None
 
+    @property
+    def name(self) -> str:
+        return self.request.name or f"prompt {self.number + 1}"
+
     def take(self, tokens, found, eos: tuple):
         """More tokens from the device, each with its log-probabilities, up to the row's end."""
         new = len(self.tokens)
@@ -57,7 +62,7 @@ class Row:
                 continue
             if token == DAMAGED:
                 raise DataError(
-                    f"the logits of prompt {self.number + 1} are not finite: the model's weights are damaged, or "
+                    f"the logits of {self.name} are not finite: the model's weights are damaged, or "
                     "logit_bias forbids every token"
                 )
             self.tokens.append(token)
@@ -151,8 +156,9 @@ class Engine:
             number, request = next(self.source, (None, None))
             if request is None:
                 break
-            check(self.config, request, number)
-            self.waiting.append(Row(number, request))
+            row = Row(number, request)
+            check(self.config, request, row.name)
+            self.waiting.append(row)
         while free and self.waiting:
             first = self.waiting[0]
             T, group = length(first), [first]
@@ -288,18 +294,18 @@ def bucket(length: int, smallest: int) -> int:
     return max(smallest, 1 << int(length - 1).bit_length())
 
 
-def check(config: Model, request: Request, number: int):
+def check(config: Model, request: Request, name: str):
     """A UsageError where a request cannot be: each id in the vocabulary, all of it within the model's positions."""
-    V, S, n = config.vocab_size, config.max_position_embeddings, number + 1
+    V, S = config.vocab_size, config.max_position_embeddings
     new = request.max_new_tokens
     require(type(new) is int and new >= 1, f"max_new_tokens is {new!r}, expected a whole number, 1 or more")
     require(0 <= request.seed < 2**32, f"seed is {request.seed}, expected 0 or more, below 2**32")
-    require(bool(request.prompt), f"prompt {n} is empty; give at least one token, such as the model's bos_token_id")
+    require(bool(request.prompt), f"{name} is empty; give at least one token, such as the model's bos_token_id")
     for token in request.prompt:
         known = 0 <= token < V
-        require(known, f"prompt {n} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary")
+        require(known, f"{name} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary")
     require(
         len(request.prompt) + new <= S,
-        f"prompt {n} has {len(request.prompt)} tokens; with max_new_tokens = {new} that is beyond the model's "
+        f"{name} has {len(request.prompt)} tokens; with max_new_tokens = {new} that is beyond the model's "
         f"max_position_embeddings = {S}; shorten one of them",
     )

@@ -60,8 +60,8 @@ def complete(
     require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
     new = whole(max_new_tokens, "max_new_tokens")
     requests = [Request(prompt, new, whole(s, "seed")) for prompt, s in zip(prompts, seeds, strict=True)]
-    for i, request in enumerate(requests):
-        check(model.config, request, i)
+    for i, request in enumerate(requests, start=1):
+        check(model.config, request, f"prompt {i}")
     if not prompts:
         return []
     slots = min(len(prompts), 64) if slots is None else slots

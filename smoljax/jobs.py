@@ -61,7 +61,7 @@ def parquet(path: Path) -> Iterator[dict]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1000):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as e:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as e:
         raise DataError(f"{path} is no sound parquet file ({str(e).splitlines()[0]})") from None
 
 
@@ -154,7 +154,8 @@ class Job:
         return found
 
     def write(self, row: dict):
-        self.file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+        line = json.dumps(row, ensure_ascii=False, default=str)
+        self.file.write(line.encode(errors="backslashreplace") + b"\n")  # half a surrogate pair as JSON's \ud800
         self.file.flush()
 
     def __exit__(self, kind, *_):

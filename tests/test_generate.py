@@ -108,6 +108,8 @@ def test_a_job(folder, words, tmp_path, capsys):
         {"prompt": ""},
         {"x": 1},
         {"prompt": "a", "text": "b"},
+        {"prompt": "a", "error": "of a job before"},
+        {"prompt": "\ud800"},
         {"prompt": "a", "max_new_tokens": 10_000},
         "[1]",
     ]
@@ -116,9 +118,20 @@ def test_a_job(folder, words, tmp_path, capsys):
     args = [str(folder), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--ignore-eos"]
     assert run(generate.main, [*args, "--batch-size", "12"]) == 3  # on three devices
     said = capsys.readouterr()
-    assert "7 of 28 rows" in said.err and "row 10: not JSON" in said.err and said.out == ""
+    assert "9 of 30 rows" in said.err and "the first: row 10: not JSON" in said.err and said.out == ""
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert ["error" in row for row in out] == [False] * 9 + [True] * 6 + [False] * 12 + [True]
+    assert ["error" in row for row in out] == [False] * 9 + [True] * 8 + [False] * 12 + [True]
+    assert [row["error"].partition(" (")[0].partition(" tokens; with")[0] for row in out[9:17]] == [
+        "not JSON",
+        "the prompt is '', which has no tokens; give some text",
+        "expected a prompt or messages, found the keys ['x']",
+        "it has the keys ['text'], which are the answer's; rename them",
+        "it has the keys ['error'], which are the answer's; rename them",
+        "the prompt is not Unicode text",
+        "the prompt has 1",
+        "a list, expected an object with a prompt or messages",
+    ]
+    assert out[14]["prompt"] == "\ud800"
     good = [row for row in out if "error" not in row]
     assert [{key: row[key] for key in rows[0]} for row in good] == rows
     prompts = [words.encode(row["prompt"]).ids for row in rows]
@@ -149,13 +162,14 @@ def test_other_files(folder, tmp_path, capsys):
 
 
 def test_processes_share_a_job(folder, tmp_path, capsys):
-    write(tmp_path / "in.txt", TEXTS * 3)
+    write(tmp_path / "in.txt", [*TEXTS * 2, "", *TEXTS])  # one bad row, of which each says the same
     base = [str(folder), "--input", str(tmp_path / "in.txt"), "--max-new-tokens", "2", "--ignore-eos"]
-    assert generate.main([*base, "--output", str(tmp_path / "one")]) == 0
+    assert run(generate.main, [*base, "--output", str(tmp_path / "one")]) == 3
     shared = [*base, "--output", str(tmp_path / "two"), "--num-processes", "3"]
     for process in (2, 0, 1):
         assert not (tmp_path / "two").exists()
-        assert generate.main([*shared, "--process-id", str(process)]) == 0
+        assert run(generate.main, [*shared, "--process-id", str(process)]) == (3 if process == 1 else 0)  # the last one
+    assert capsys.readouterr().err.count("1 of 13 rows of") == 2
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
 
 
@@ -259,7 +273,7 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
         (["--prompt", "a", "--draft", "x"], "--draft guesses --drafts"),
         (["--prompt", "a", "--logprobs", "1"], "--logprobs are given with --json"),
         (["--prompt", "a", "--prompt", "b", "--stream"], "--stream is for one --prompt"),
-        (["--prompt", ""], "prompt 1 is '', which has no tokens"),
+        (["--prompt", ""], "row 1: the prompt is '', which has no tokens"),
         (["--prompt", "\udcff"], "prompt 1 is not UTF-8"),
         (["--prompt", "a " * 9000], "that is beyond the model's max_position_embeddings"),
         (["--prompt", "a", "--output", "x"], "--input and --output go together"),
