@@ -11,36 +11,17 @@ then 3. Ids and windows are those of lm-evaluation-harness; with "gold", acc_nor
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from smoljax.errors import DataError, UsageError, require, run
-
-FORMS = ("continuation", "choices", "text", "continuation_ids")  # the key that tells a row's kind
-OUT = {"line", "error", "loglikelihood", "loglikelihoods", "tokens", "is_greedy", "logprobs", "bytes", "truncated"}
-OUT |= {"best", "best_per_character", "best_per_byte", "acc", "acc_norm", "acc_bytes"}
-BLOCK = 1024  # continuations that are sorted by length, scored and written at a time
-LIMIT = 64 << 20  # bytes of a line
-
-
-class Row(NamedTuple):
-    line: int
-    given: dict
-    form: str
-    pairs: list
-    truncated: int = 0  # tokens of context
-    error: str | None = None
-
-    @property
-    def kept(self) -> dict:
-        return {k: v for k, v in self.given.items() if k not in (*FORMS, "context", "context_ids")}
+from smoljax import atomic
+from smoljax.errors import DataError, require, run
+from smoljax.pairs import Row, blocks, lines
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +50,10 @@ def main(argv=None) -> int:
     require(args.output or not args.json, "--json prints the summary on stdout, where the rows go; give --output FILE")
     clash = args.output and Path(args.output).resolve() == Path(args.input).resolve()
     require(not clash, f"--output {args.output} is the input; name another file")
-    if next(lines(args.input), None) is None:
+    require(not args.output or not Path(args.output).is_dir(), f"--output {args.output} is a folder; name a file in it")
+    rows = lines(args.input)
+    start = next(rows, None)  # which a pipe gives once
+    if start is None:
         raise DataError(f"{args.input} holds no row; give one a line, such as " + __doc__.splitlines()[2].strip())
 
     import jax
@@ -87,7 +71,7 @@ def main(argv=None) -> int:
     model = jax.device_put(found.model, sharding.shardings(found.model, mesh))
     sums, first, begun = Counter(), None, time.perf_counter()
     with writer(args.output) as out:
-        for block in blocks(args.input, found, longest, args.truncate):
+        for block in blocks(itertools.chain([start], rows), found, longest, args.truncate):
             pairs = [pair for row in block for pair in row.pairs]
             how = dict(batch_size=args.batch_size, longest=longest, compute=compute, mesh=mesh)
             scores = iter(score.loglikelihoods(model, pairs, **how, beat=lambda n: progress(sums["rows"], n)))
@@ -109,108 +93,6 @@ def main(argv=None) -> int:
     if first:
         raise DataError(f"{sums['errors']} of {sums['rows']} rows of {args.input} have no result; the first: {first}")
     return 0
-
-
-def lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, and their numbers."""
-    try:
-        with open(file, "rb") as stream:
-            number = 0
-            while line := stream.readline(LIMIT + 1):
-                number += 1
-                if len(line) > LIMIT:
-                    raise DataError(f"{file} line {number} has more than {LIMIT >> 20} MB, expected a row a line")
-                if line.strip():
-                    yield number, line
-    except OSError as e:
-        raise DataError(f"{file} cannot be read ({e.strerror})") from None
-
-
-def blocks(file: str, found, longest: int, truncate: bool) -> Iterator[list[Row]]:
-    block, pairs = [], 0
-    for number, line in lines(file):
-        given, form = {}, ""
-        try:
-            given = parse(line)
-            form = kind(given)
-            made, truncated = encoded(given, form, found, longest, truncate)
-            block.append(Row(number, given, form, made, truncated))
-            pairs += len(made)
-        except DataError as e:
-            kept = {k: v for k, v in given.items() if k not in OUT}
-            block.append(Row(number, kept, form, [], error=str(e)))
-        if pairs >= BLOCK or len(block) >= BLOCK:
-            yield block
-            block, pairs = [], 0
-    if block:
-        yield block
-
-
-def parse(line: bytes) -> dict:
-    try:
-        row = json.loads(line.decode())
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeError as e:
-        raise DataError(f"not UTF-8 text ({e.reason})") from None
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"not JSON ({e})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"a JSON {type(row).__name__}, expected an object with 'context' and 'continuation'")
-    return row
-
-
-def kind(row: dict) -> str:
-    """Which of FORMS, its keys of the right types."""
-    forms = [key for key in FORMS if key in row]
-    if len(forms) != 1:
-        found = f"both {forms[0]!r} and {forms[1]!r}" if forms else f"the keys {[*row]!r:.100}"
-        raise DataError(f"{found}, expected one of {', '.join(map(repr, FORMS))}")
-    (form,) = forms
-    wanted = {"text": {}, "continuation_ids": {"context_ids": list}}.get(form, {"context": str})
-    for key, type_ in (wanted | {form: list if form in ("choices", "continuation_ids") else str}).items():
-        if key not in row:
-            raise DataError(f"no key {key!r}, which a row with {form!r} needs")
-        if not isinstance(row[key], type_):
-            raise DataError(f"{key!r} is {row[key]!r:.60}, expected {'a list' if type_ is list else 'text'}")
-    for text in row["choices"] if form == "choices" else [row[form]]:
-        if not isinstance(text, list if form == "continuation_ids" else str) or not text:
-            raise DataError(f"{form!r} has {text!r:.60}, expected text" if form == "choices" else f"{form!r} is empty")
-    if form == "choices":
-        if not row[form]:
-            raise DataError("'choices' is empty, expected a list of texts")
-        gold, count = row.get("gold", 0), len(row[form])
-        if type(gold) is not int or not 0 <= gold < count:
-            raise DataError(f"'gold' is {gold!r:.60}, expected the number of a choice, 0 to {count - 1}")
-    if taken := OUT & set(row):
-        raise DataError(f"the key {min(taken)!r} is one that results have; give it another name")
-    return form
-
-
-def encoded(row: dict, form: str, found, longest: int, truncate: bool) -> tuple[list, int]:
-    """The pairs of ids to score, and how many tokens of context are left out."""
-    from smoljax import score
-
-    c, words = found.config, found.tokenizer
-    if words is None and form != "continuation_ids":
-        raise UsageError(f"{found.source} has no tokenizer.json, which text needs; copy the model's into the folder")
-    eos = (*c.eos_token_id, None)[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
-    prefix = eos if c.bos_token_id is None else c.bos_token_id
-    if form == "text":
-        pairs = score.windows(score.encode(words, row["text"]), prefix, longest)
-    elif form == "continuation_ids":
-        pairs = [(row["context_ids"] or [prefix], row["continuation_ids"])]
-    else:
-        texts = row["choices"] if form == "choices" else [row["continuation"]]
-        pairs = [score.encode_pair(words, row["context"], text, prefix) for text in texts]
-    truncated = 0
-    for i, (context, continuation) in enumerate(pairs):
-        if context[:1] == [None]:
-            raise DataError("an empty context needs the bos_token_id that the model's config lacks; give a context")
-        beyond = len(context) + len(continuation) - 1 - longest
-        if truncate and 0 < beyond < len(context):
-            pairs[i], truncated = (context[beyond:], continuation), truncated + beyond
-        score.check(pairs[i], c.vocab_size, longest)
-    return pairs, truncated
 
 
 def answer(row: Row, scores: list, logprobs: bool) -> dict:
@@ -241,7 +123,7 @@ def best(values: list[float], sizes: list[int] | None = None) -> int:
 
 def add(sums: Counter, row: Row, result: dict, scores: list):
     """What the summary needs of a row."""
-    sums.update(rows=1, errors=row.error is not None, tokens=sum(len(s.logprobs) for s in scores))
+    sums.update(rows=1, errors=int(row.error is not None), tokens=sum(len(s.logprobs) for s in scores))
     sums.update(truncated=row.truncated > 0)
     means = ("acc", "acc_norm", "acc_bytes", *(["is_greedy"] if row.form.startswith("continuation") else []))
     for key in set(means) & set(result):
@@ -269,21 +151,15 @@ def progress(rows: int, pairs: int):
 
 @contextlib.contextmanager
 def writer(output: str | None):
-    """stdout, or a file that is whole or absent."""
+    """stdout, a pipe or a device, or a file that is whole or absent."""
     if not output:
         yield sys.stdout
-        return
-    part = f"{output}.part"
-    try:
-        stream = open(part, "w")
-    except OSError as e:
-        raise UsageError(f"{output} cannot be written ({e.strerror})") from None
-    try:
-        with stream:
+    elif Path(output).exists() and not Path(output).is_file():
+        with open(output, "w") as stream:
             yield stream
-        os.replace(part, output)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    else:
+        with atomic.stream(Path(output).resolve()) as stream:  # where a link leads
+            yield stream
 
 
 if __name__ == "__main__":

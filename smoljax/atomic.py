@@ -23,6 +23,22 @@ def write_json(file: Path, value, indent: int = 1):
     write(file, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def stream(file: Path):
+    """A text to write that becomes `file` when the block ends well and vanishes when it does not."""
+    part = file.with_name(f".{file.name}.part-{os.getpid()}")
+    try:
+        held = open(part, "w")
+    except OSError as e:
+        raise UsageError(f"{file} cannot be written ({e.strerror})") from None
+    try:
+        with held:
+            yield held
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def copy(source: Path, file: Path):
     part = file.with_name(f"{file.name}.part")
     shutil.copyfile(source, part)

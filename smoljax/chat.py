@@ -2,11 +2,11 @@
 
 import contextlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from smoljax import strict_json
 from smoljax.errors import DataError
 from smoljax.template import TEXT_LIMIT, check_messages
 
@@ -84,13 +84,8 @@ def read_messages(file: str | Path) -> Iterator[list[dict]]:
 def conversation(line: bytes) -> list[dict]:
     if len(line) > TEXT_LIMIT:
         raise DataError(f"more than {TEXT_LIMIT:,} bytes, expected at most that for a conversation")
-    try:
-        found = json.loads(line.decode())
-    except UnicodeDecodeError as e:
-        raise DataError(f"not UTF-8 text (byte {e.start})") from None
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"not JSON ({e})") from None
-    if not isinstance(found, dict) or not {"messages", "prompt"} & set(found):
+    found = strict_json.row(line)
+    if not {"messages", "prompt"} & set(found):
         raise DataError('expected {"messages": [...]} or {"prompt": text}')
     messages = found["messages"] if "messages" in found else [{"role": "user", "content": found["prompt"]}]
     check_messages(messages)

@@ -1,11 +1,11 @@
 """A Hugging Face config.json, in and out; a key that asks for other mathematics than model.py's is refused by name."""
 
-import collections
 import dataclasses
 import json
 import logging
 from pathlib import Path
 
+from smoljax import strict_json
 from smoljax.config import Model
 from smoljax.errors import DataError, Error
 
@@ -42,20 +42,9 @@ def read_json(file: Path, limit: int = 1 << 20) -> dict:
 
 
 def parse_json(content: bytes, file: Path | str) -> dict:
-    """A JSON object without duplicate keys, of which all readers but one another's would keep different ones."""
-
-    def unique(pairs):
-        counts = collections.Counter(key for key, _ in pairs)
-        if twice := [key for key, n in counts.items() if n > 1]:
-            raise DataError(f"{file} holds {twice[0]!r} twice; remove one of the two")
-        return dict(pairs)
-
-    def constant(name):
-        raise ValueError(f"{name} is no JSON")
-
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as e:
+        found = strict_json.loads(content)
+    except ValueError as e:
         raise DataError(f"{file} cannot be read as JSON ({e})") from None
     if not isinstance(found, dict):
         raise DataError(f"{file} holds a {type(found).__name__}, expected a JSON object")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from smoljax import atomic
+from smoljax import atomic, strict_json
 from smoljax.errors import DataError, UsageError, require
 
 KINDS = (".jsonl", ".parquet", ".txt")
@@ -35,22 +35,16 @@ def rows(path: Path) -> Iterator[dict]:
             if path.suffix == ".jsonl" and not line.strip():
                 continue
             try:
-                text = line.decode().rstrip("\r\n")
-                yield {"prompt": text} if path.suffix == ".txt" else parsed(text)
-            except UnicodeDecodeError as e:
-                yield {"line": number, "error": f"not UTF-8 text (byte {e.start})"}
+                yield strict_json.row(line) if path.suffix == ".jsonl" else {"prompt": plain(line)}
             except DataError as e:
                 yield {"line": number, "error": str(e)}
 
 
-def parsed(text: str) -> dict:
+def plain(line: bytes) -> str:
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"not JSON ({e})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"a {type(row).__name__}, expected an object with a prompt or messages")
-    return row
+        return line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as e:
+        raise DataError(f"not UTF-8 text (byte {e.start})") from None
 
 
 def parquet(path: Path) -> Iterator[dict]:
@@ -154,8 +148,7 @@ class Job:
         return found
 
     def write(self, row: dict):
-        line = json.dumps(row, ensure_ascii=False, default=str)
-        self.file.write(line.encode(errors="backslashreplace") + b"\n")  # half a surrogate pair as JSON's \ud800
+        self.file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
         self.file.flush()
 
     def __exit__(self, kind, *_):

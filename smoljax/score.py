@@ -77,7 +77,7 @@ def loglikelihoods(
             for i, row in zip(which, found, strict=False):  # the rows behind fill the batch up
                 row = row[: len(pairs[i][1])]
                 if not np.isfinite(row).all():
-                    raise DataError(f"the log-likelihood of pair {i + 1} is not finite: the model's weights are not")
+                    raise DataError("a log-likelihood is not finite: the model's weights are damaged")
                 scores[i] = Score(row[:, 0], row[:, 1] == 1)
             done += len(which)
             beat(done)
@@ -153,6 +153,11 @@ def check(pair: Pair, vocab_size: int, longest: int):
     for id in (*context, *continuation):
         if type(id) is bool or not isinstance(id, int | np.integer) or not 0 <= id < vocab_size:
             raise DataError(f"{id!r:.40} is among the ids, expected 0 to {vocab_size - 1}, the model's vocabulary")
+    if len(continuation) > longest:
+        raise DataError(
+            f"{len(continuation)} tokens of continuation are more than {longest} positions hold; shorten it, or score "
+            "the whole as a text, which is cut into windows"
+        )
     if (seen := len(context) + len(continuation) - 1) > longest:
         raise DataError(
             f"{len(context)} tokens of context and {len(continuation)} of continuation are {seen - longest} more than "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +228,7 @@ def test_refusals(model):
     assert score.loglikelihoods(model, []) == []
     assert len(score.loglikelihoods(model, [([1] * 60, [2] * 6)], longest=65)[0].logprobs) == 6
     broken = jax.tree.map(lambda w: w * jnp.nan, model)
-    with pytest.raises(DataError, match="of pair 1 is not finite"):
+    with pytest.raises(DataError, match="a log-likelihood is not finite"):
         score.loglikelihoods(broken, [([1], [2])])
 
 
@@ -254,7 +256,7 @@ def test_program(model, folder, capsys):
     assert program.main([*argv, "--output", str(out), "--json", "--token-logprobs", "--batch-size", "2"]) == 0
     total = json.loads(capsys.readouterr().out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert not out.with_name("out.jsonl.part").exists()
+    assert not list(folder.glob(".out*"))
 
     def alone(context, continuation):
         return score.loglikelihoods(model, [score.encode_pair(words, context, continuation, 0)])[0]
@@ -300,7 +302,7 @@ def hf_words(folder):
 
 
 def test_a_row_that_cannot_be_scored_is_said_in_its_place(model, folder, capsys, monkeypatch):
-    monkeypatch.setattr(program, "BLOCK", 3)
+    monkeypatch.setattr("smoljax.pairs.BLOCK", 3)
     bad = [
         ('{"context": ', "not JSON"),
         ("[1]", "a JSON list, expected an object"),
@@ -313,13 +315,25 @@ def test_a_row_that_cannot_be_scored_is_said_in_its_place(model, folder, capsys,
         ({"context": "a", "choices": ["b", 5]}, "'choices' has 5, expected text"),
         ({"context": "a", "choices": ["b", "c"], "gold": 2}, "'gold' is 2, expected the number of a choice, 0 to 1"),
         ({"context": "a", "continuation": "b", "tokens": 1}, "the key 'tokens' is one that results have"),
-        ('{"context": "a", "continuation": "\\ud800"}', "not UTF-8 text"),
+        ('{"context": "a", "continuation": "\\ud800"}', "not Unicode text"),
+        ('{"context": "a", "context": "b", "continuation": "c"}', "it holds 'context' twice"),
+        ('{"context": "a", "continuation": "c", "x": NaN}', "NaN is no JSON"),
+        ('{"context": "a", "continuation": "c", "x": 1e999}', "not JSON (Out of range float"),
+        ({"text": "a", "context": "b"}, "'context' is not for a row with 'text'"),
+        (
+            {"context": "a", "context_ids": [1], "continuation": "b"},
+            "'context_ids' is not for a row with",
+        ),
+        (
+            {"context_ids": [1], "continuation_ids": [2] * 65},
+            "65 tokens of continuation are more than 64",
+        ),
         ({"context_ids": [1], "continuation_ids": [300]}, "300 is among the ids, expected 0 to 299"),
         ({"context_ids": [1], "continuation_ids": []}, "'continuation_ids' is empty"),
         ({"context_ids": [1] * 64, "continuation_ids": [1, 2]}, "1 more than 64 positions hold; shorten the context"),
         ({"text": ""}, "'text' is empty"),
     ]
-    mixed = [row for (row, _), good in zip(bad, GOOD * 3, strict=False) for row in (row, good)]
+    mixed = [row for (row, _), good in zip(bad, GOOD * 4, strict=False) for row in (row, good)]
     (folder / "bad.jsonl").write_bytes(lines(*mixed).encode() + b'{"text": "\xff"}\n')
     argv = [str(folder / "hf"), "--input", str(folder / "bad.jsonl")]
     capsys.readouterr()
@@ -334,7 +348,7 @@ def test_a_row_that_cannot_be_scored_is_said_in_its_place(model, folder, capsys,
     assert rows[4]["id"] == 3 and "not UTF-8" in rows[-1]["error"]
     last = captured.err.splitlines()[-1]
     assert last.startswith(
-        f"smoljax: 17 of 33 rows of {folder / 'bad.jsonl'} have no result; the first: line 1: not JSON"
+        f"smoljax: 23 of 45 rows of {folder / 'bad.jsonl'} have no result; the first: line 1: not JSON"
     )
 
     # What is too long loses its beginning where that is asked for, and nothing else does.
@@ -344,6 +358,26 @@ def test_a_row_that_cannot_be_scored_is_said_in_its_place(model, folder, capsys,
     (expected,) = score.loglikelihoods(model, [(([9, 8] * 40)[-63:], [1, 2])])
     assert first["truncated"] == 17 and "truncated" not in second
     assert first["loglikelihood"] == pytest.approx(expected.loglikelihood, abs=1e-5)
+
+
+def test_files_that_are_none(folder, capsys, tmp_path):
+    """A pipe gives its rows once; nothing beside the output is touched, and a link's file gets the rows."""
+    rows = lines(*GOOD[:3] * 30)
+    os.mkfifo(tmp_path / "pipe")
+    thread = threading.Thread(target=(tmp_path / "pipe").write_text, args=[rows])
+    thread.start()
+    for name in ("out.part", "real"):
+        (tmp_path / name).write_text(rows)
+    (tmp_path / "link").symlink_to("real")
+    assert program.main([str(folder / "hf"), "--input", str(tmp_path / "pipe"), "--output", str(tmp_path / "out")]) == 0
+    thread.join()
+    assert len((tmp_path / "out").read_text().splitlines()) == 90
+    inputs = ["--input", str(tmp_path / "out.part"), "--output"]
+    for name in ("out", "link", "/dev/null"):
+        assert program.main([str(folder / "hf"), *inputs, str(tmp_path / name)]) == 0
+    assert (tmp_path / "out.part").read_text() == rows and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == (tmp_path / "out").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "out", "out.part", "pipe", "real"]
 
 
 def test_mistakes_are_one_sentence(folder, capsys, tmp_path):
@@ -362,6 +396,7 @@ def test_mistakes_are_one_sentence(folder, capsys, tmp_path):
         ([here, "--input", one, "--batch-size", "0"], 2, "--batch-size is 0, expected at least 1"),
         ([here, "--input", one, "--json"], 2, "give --output FILE"),
         ([here, "--input", one, "--output", one], 2, "is the input; name another file"),
+        ([here, "--input", one, "--output", tmp_path], 2, "is a folder; name a file in it"),
         ([here, "--input", one, "--output", at], 2, "out.jsonl cannot be written (No such file or directory)"),
     ]:
         capsys.readouterr()
