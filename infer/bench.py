@@ -13,17 +13,21 @@ node-llama-cpp@3.22.1` was run. What was measured for smoljax is in docs/benchma
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
 from pathlib import Path
 
 from smoljax import settings
-from smoljax.config import SIZES, Train
+from smoljax.config import SIZES, Data, Train
 from smoljax.errors import require, run
 from smoljax.settings import meant
 
 DTYPES = ("float32", "bfloat16", "int8", "int8-embedding")
+USUAL = {"batch": 1, "prompt_tokens": 64, "new_tokens": 128, "drafts": 0, "windows": 5}
+HELP = {"batch": "rows at a time", "prompt_tokens": "of each row", "new_tokens": "of each row"}
+HELP |= {"drafts": "tokens a round, looked up and checked", "windows": "timed runs, the median counts"}
 MODULE, INSTALL = "node_modules/node-llama-cpp", "npm install --ignore-scripts node-llama-cpp@3.22.1"
 
 
@@ -37,9 +41,9 @@ def main(argv=None) -> int:
         default="smollm2-135m",
         help=f"random weights of a size ({', '.join(SIZES)}; default: smollm2-135m), or a MODEL: a run, a folder, ...",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
-    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="of each row (default: 64)")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each row (default: 128)")
+    for name, default in USUAL.items():
+        flag, what = f"--{name.replace('_', '-')}", HELP[name]
+        parser.add_argument(flag, type=int, metavar="N", help=f"{what} (default: {default})")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -48,8 +52,6 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--cache", choices=["int8"], help="of keys and values (default: the arithmetic's, float32 on a CPU)"
     )
-    parser.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round, looked up and checked")
-    parser.add_argument("--windows", type=int, default=5, metavar="N", help="timed runs, the median counts")
     parser.add_argument(
         "--against", choices=["transformers", "llama.cpp"], help="the same prompts there too, in turn: A B A B"
     )
@@ -61,14 +63,18 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true", help="the last line of stdout is JSON")
     args = parser.parse_intermixed_args(argv)
     require(not (args.against and args.suite), "--against, --suite: one of them")
-    for name, least in [("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("windows", 1), ("drafts", 0)]:
-        value = getattr(args, name)
-        require(value >= least, f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+    require(args.suite != "", "--suite '' has no part; leave the '' out for all")
+    require(args.suite or not args.out, "--out is for --suite; else --json prints the result")
+    for name in ("dtype", "cache", "json", *USUAL):
+        given, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        fine = not args.suite or given in (None, False)
+        require(fine, f"{flag} is not for --suite, which has rows of its own and writes JSON to --out")
+        if name in USUAL:
+            least = 0 if name == "drafts" else 1
+            require(given is None or given >= least, f"{flag} is {given}, expected at least {least}")
+            setattr(args, name, USUAL[name] if given is None else given)
     require(args.drafts <= 16, f"--drafts is {args.drafts}, expected at most 16")
-    for name in ("dtype", "cache", "drafts", "json"):
-        given = args.suite and getattr(args, name)
-        require(not given, f"--{name} is not for --suite, which has rows of each dtype and writes JSON to --out")
-    check_llama_cpp(args)
+    check_peer(args)
     if args.against:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are on one GPU
     own = configured(args)
@@ -109,9 +115,12 @@ def main(argv=None) -> int:
     return 0
 
 
-def check_llama_cpp(args):
-    """A UsageError unless the duel with llama.cpp can be, where it is asked for."""
+def check_peer(args):
+    """A UsageError unless the duel that is asked for can be."""
     folder = args.llama_cpp
+    if args.against == "transformers":
+        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        require(not missing, f"--against transformers needs {' and '.join(missing)}: pip install torch transformers")
     if args.against != "llama.cpp":
         require(folder is None, "--llama-cpp is for --against llama.cpp")
         return
@@ -126,7 +135,8 @@ def configured(args):
     """The model's config where its weights are random, else None. Mistakes are said before JAX starts."""
     from smoljax import runtime
 
-    config = Train(SIZES.get(args.model, SIZES["smollm2-135m"]), steps=10_000)
+    model = SIZES.get(args.model, SIZES["smollm2-135m"])
+    config = Train(model, steps=10_000, data=Data(seq_len=1))  # for its model and its xla_flags
     for setting in args.settings:
         name = setting.partition("=")[0]
         known = name == "xla_flags" or name.startswith("model.")

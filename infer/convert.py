@@ -8,6 +8,7 @@ and SHA256SUMS then lie beside it.
 
 import argparse
 import json
+import math
 import resource
 import sys
 import time
@@ -46,10 +47,11 @@ def main(argv=None) -> int:
     require(known, f"--dtype {args.dtype} is for --to {for_}; --to {args.to} takes {', '.join(DTYPES[args.to])}")
     require(not args.int8_embedding or args.dtype == "int8", "--int8-embedding is for --dtype int8")
     split = args.max_file_size
-    require(split is None or (args.to == "hf" and split > 0), "--max-file-size is for --to hf, and more than 0")
+    require(split is None or args.to == "hf", "--max-file-size is for --to hf")
+    require(split is None or 0 < split < math.inf, f"--max-file-size is {split}, expected GB, more than 0")
     require(not args.private or args.push, "--private is for --push")
     require(not args.dst.endswith(".gguf"), f"DST is {args.dst}, but it is a folder, in which the .gguf gets its name")
-    from smoljax import atomic, hub, runtime, sums, verify, weights
+    from smoljax import atomic, exchange, hub, runtime, sums, verify, weights
 
     if args.push:
         hub.check_push(args.push)
@@ -58,11 +60,12 @@ def main(argv=None) -> int:
     with atomic.fresh(args.dst) as part:  # refuses a DST that exists before any weight is read
         with weights.open_source(args.src) as source:
             dtype = args.dtype or (source.dtype if source.dtype in DTYPES[args.to] else "float32")  # as exact
+            more = args.int8_embedding and exchange.EMBED not in source.ints
             write(source, part, args, dtype)
             report = {
                 "route": f"{Path(args.src).name if Path(args.src).exists() else args.src} -> {args.to}",
                 "dtype": dtype,
-                "bits": "exact" if dtype in (source.dtype, "float32") and not args.int8_embedding else "rounded",
+                "bits": "exact" if dtype in (source.dtype, "float32") and not more else "rounded",
                 "parameters": source.config.parameters,
                 "seconds": round(time.perf_counter() - start, 2),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000,  # kB on Linux

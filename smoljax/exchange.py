@@ -121,7 +121,8 @@ class Source:
         with np.errstate(over="ignore"):  # said below
             cast = array if dtype is None else array.astype(dtype, copy=False)
         if cast is not array and not finite(cast):
-            raise DataError(f"{self.name}: tensor {name} holds numbers beyond {dtype}; convert to bfloat16 or float32")
+            wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+            raise DataError(f"{self.name}: tensor {name} holds numbers beyond {dtype}; convert to {wider}")
         return cast
 
     def int8(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -85,7 +85,10 @@ def open_files(folder: Path) -> list[tensors.File]:
             raise DataError(f"{index} and {name} differ: only one of them has {some(odd)}")
         size += file.size
         opened.append(file)
-    total = (found.get("metadata") or {}).get("total_size", size)
+    metadata = found.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise DataError(f"{index}: metadata is {metadata!r:.60}, expected an object")
+    total = metadata.get("total_size", size)
     if total != size:
         raise DataError(f"{index}: total_size is {total}, but the tensors have {size} bytes; a file may be missing")
     return opened

@@ -20,7 +20,7 @@ import numpy as np
 from smoljax import budget, measure, settings
 from smoljax.attention import attend, attend_cached, choose
 from smoljax.config import REMAT, SIZES, Train
-from smoljax.errors import Error, require
+from smoljax.errors import Error, UsageError, require
 from smoljax.settings import meant
 
 
@@ -37,6 +37,10 @@ def run(config, asked: str, out: str | None, verb="bench-train", parts=None, col
     result = measure.surroundings()
     words = "".join(c if c.isalnum() else " " for c in result["device"].partition("(")[0]).lower().split()
     file = Path(out or f"{verb}-{'-'.join(words)}.json")
+    try:
+        file.write_text(json.dumps(result) + "\n")  # before anything is measured
+    except OSError as e:
+        raise UsageError(f"{file} cannot be written ({e.strerror}); name another with --out") from None
     best = peaks()
     result |= best
     for part in parts:
@@ -52,12 +56,14 @@ def run(config, asked: str, out: str | None, verb="bench-train", parts=None, col
             took = time.perf_counter() - begun
             print(f"{part:9s} {label:42s} {line(found, columns)}  ({took:.0f} s)", file=sys.stderr)
             file.write_text(json.dumps(result, indent=1) + "\n")
+        if not result[part]:
+            print(f"{part:9s} has no row for this model", file=sys.stderr)
     print(page(result, parts, best, columns))
     print(f"{file} written", file=sys.stderr)
 
 
 def chosen(asked: str, every) -> list[str]:
-    parts = list(every) if asked == "all" else asked.split(",")
+    parts = list(every) if asked == "all" else [part.strip() for part in asked.split(",")]
     for part in parts:
         require(part in every, f"--suite {part}{meant(part, every)}; expected some of {', '.join(every)}, or all")
     return parts

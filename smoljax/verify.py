@@ -46,6 +46,12 @@ def compare(source: Source, folder: Path, dtype: str) -> dict:
         ids = fixed_ids(source)
         ours = logits(written, ids)
         before = logits(source, ids)
+        for each, found in ((source, before), (written, ours)):
+            if not np.isfinite(found).all():
+                raise DataError(
+                    f"{each.name}: the logits of a text are not finite, which proves nothing; its numbers are too large "
+                    "for f32, or the weights are damaged"
+                )
         report["logits"] = {"tokens": len(ids), "largest_difference": float(np.abs(ours - before).max())}
         report["loss"] = {"source": loss(before, ids), "written": loss(ours, ids)}
         check_config(source.config, written)

@@ -306,11 +306,11 @@ def test_read_messages(tmp_path):
         (b"{", "line 2: not JSON"),
         (b"[" * 100_000, "line 2: not JSON"),
         (b'"\xff"', "line 2: not UTF-8 text (byte 1)"),
-        (b"[]", "line 2: expected {"),
+        (b"[]", "line 2: a JSON list, expected an object"),
         (b"{}", "line 2: expected {"),
         (b'{"prompt": 1}', "line 2: message 0: content is 1"),
         (b'{"messages": []}', "line 2: a conversation is []"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: message 0: content is not Unicode"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: not Unicode text"),
         (b'"' + b"x" * (17 << 20), "line 2: more than 16,777,216 bytes"),
     ):
         file.write_bytes(good + line)

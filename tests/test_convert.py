@@ -170,6 +170,7 @@ def test_what_it_says(tmp_path, capsys):
         (["--to", "hf", "--dtype", "q8_0"], "--dtype q8_0 is for --to gguf"),
         (["--to", "gguf", "--max-file-size", "1"], "--max-file-size is for --to hf"),
         (["--to", "hf", "--max-file-size", "-1"], "more than 0"),
+        (["--to", "hf", "--max-file-size", "inf"], "--max-file-size is inf"),
         (["--to", "hf", "--private"], "--private is for --push"),
     ]:
         with pytest.raises(UsageError, match=sentence):
