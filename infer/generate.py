@@ -12,17 +12,20 @@ where it was by the same command.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import sys
 from pathlib import Path
 
-from smoljax import generation_config, jobs
+from smoljax import generation_config, jobs, prompts
 from smoljax.errors import DataError, UsageError, require, run
 
 FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 FLAGS += ("min_new_tokens", "logprobs", "prompt_logprobs")
+# How many processes share a job, and which one this is. SLURM's are of a step, that is srun's: a batch script is none.
+LAUNCHERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,13 +99,13 @@ def main(argv=None) -> int:
         rows = [{"messages": messages} for messages in chat.read_messages(args.messages)]
         require(bool(rows), f"{args.messages} holds no conversation; give one a line")
     if args.input:
-        jobs.count(Path(args.input))
+        prompts.count(Path(args.input))
     runtime.start()
     loaded = weights.read(args.model)
     if loaded.tokenizer is None:
         raise UsageError(f"{args.model} has no tokenizer.json, which prompts need; copy the model's into the folder")
-    first = next(jobs.rows(Path(args.input))) if args.input else rows[0]
-    conversations = args.chat or "messages" in first
+    first = next(filter(asks, prompts.rows(Path(args.input)) if args.input else rows), {})  # a bad row tells nothing
+    conversations = args.chat or first.get("messages") is not None
     settings = asked(args, flags, loaded)
     own = {name: settings.pop(name, default) for name, default in (("stop_strings", ()), ("max_new_tokens", 64))}
     stop, limit = tuple(args.stop or own["stop_strings"]), args.max_new_tokens or own["max_new_tokens"]
@@ -113,7 +116,7 @@ def main(argv=None) -> int:
         eos = () if args.ignore_eos else turn_ends(loaded) if conversations else None
     model = quantize(loaded.model) if args.int8 and loaded.dtype != "int8" else loaded.model
     compute = Compute(dtype=args.dtype)
-    wanted = (jobs.count(Path(args.input)) if args.input else len(rows)) * args.n
+    wanted = (prompts.count(Path(args.input)) if args.input else len(rows)) * args.n
     size = min(args.batch_size or (8 if jax.default_backend() == "cpu" else 64), wanted)
     options = {"sampling": how, "eos": eos, "compute": compute, "cache": args.cache, "drafts": args.drafts}
     options |= {"draft": weights.load(args.draft) if args.draft else None}
@@ -135,11 +138,16 @@ def main(argv=None) -> int:
         say=say if args.stream else None,
     ) as answers:
         if args.input:
-            what = vars(args) | {"settings": settings, "source": loaded.source}
+            what = vars(args) | {"settings": settings, "source": loaded.source, "weights": weights.digest(loaded)}
+            what |= {"stop": stop, "max_new_tokens": limit, "eos": eos}
             for name in ("input", "output", "num_processes", "process_id", "batch_size", "json"):
                 what.pop(name)
             return job(answers, jobs.Job(Path(args.input), Path(args.output), what, *processes))
         return few(answers, rows, args)
+
+
+def asks(row: dict) -> bool:
+    return row.get("messages") is not None or row.get("prompt") is not None
 
 
 def few(answers, rows: list[dict], args) -> int:
@@ -168,12 +176,17 @@ def job(answers, work: jobs.Job) -> int:
     with work:
         if work.begin > work.first and not work.complete:
             print(f"smoljax: goes on behind the {work.begin - work.first} rows that are done", file=sys.stderr)
-        rows = itertools.islice(jobs.rows(work.source), work.begin, work.last)
+        rows = itertools.islice(prompts.rows(work.source), work.begin, work.last)
         if not work.complete:
-            with Progress(work.last - work.first, work.begin - work.first) as progress:
-                for row in answers.run(rows):
+            answers.at(work.begun)
+            with (
+                contextlib.closing(answers.run(rows)) as found,
+                Progress(work.last - work.first, work.begin - work.first) as progress,
+            ):
+                for row in found:
                     work.write(row)
-                    progress.add(sum(len(sample.get("tokens", ())) for sample in row.get("samples", [row])))
+                    samples = () if "error" in row else row.get("samples", [row])  # what a bad row has is the user's
+                    progress.add(sum(len(sample["tokens"]) for sample in samples))
     if not work.join():
         print(f"smoljax: rows {work.first + 1} to {work.last} are done, others are not yet", file=sys.stderr)
         return 0
@@ -212,6 +225,7 @@ def check(args):
     require(sum(ways) == 1, "expected --prompt TEXT, or --messages FILE, or --input FILE, and one of them")
     require(bool(args.input) == bool(args.output), "--input and --output go together")
     require(not args.system or args.chat, "--system is for --chat")
+    require(not (args.system and args.messages), "--system goes before prompts, and --messages has conversations")
     require(
         args.max_new_tokens is None or args.max_new_tokens >= 1,
         f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more",
@@ -228,11 +242,13 @@ def check(args):
     require(args.logprobs is None or told, "--logprobs are given with --json, or in --output")
     require(not args.prompt_logprobs or args.logprobs is not None, "--prompt-logprobs comes with --logprobs N")
     require(all(args.stop), "--stop '' would end every row at once")
-    for number, text in enumerate(args.prompt, start=1):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # bytes of the command line that are no text
-            raise UsageError(f"prompt {number} is not UTF-8 text") from None
+    for flag, texts in {"--prompt": args.prompt, "--stop": args.stop, "--system": [args.system or ""]}.items():
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # bytes of the command line that are no text
+                raise UsageError(f"{flag} {text!r:.60} is not UTF-8 text") from None
+    require(not args.output or Path(args.output).name, f"--output {args.output} is a folder; name a file in it")
 
 
 def pair(text: str) -> tuple[int, float]:
@@ -246,15 +262,23 @@ def pair(text: str) -> tuple[int, float]:
 def share(args) -> tuple[int, int]:
     """(which process this is, of how many): by the flags, SLURM or Open MPI. They need not find each other."""
     if args.num_processes is None and args.process_id is None:
-        for count, mine in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
-            if args.input and count in os.environ and mine in os.environ:
-                return int(os.environ[mine]), int(os.environ[count])
+        for names in LAUNCHERS:
+            if args.input and all(name in os.environ for name in names):
+                return checked(*(pair for name in names for pair in (os.environ[name], name)))
         return 0, 1
     count, mine = args.num_processes, args.process_id
     require(None not in (count, mine), "--num-processes and --process-id go together")
     require(bool(args.input), "--num-processes is for --input")
-    require(count >= 1, f"--num-processes is {count}, expected 1 or more")
-    require(0 <= mine < count, f"--process-id is {mine}, expected 0 ... {count - 1} of --num-processes {count}")
+    return checked(count, "--num-processes", mine, "--process-id")
+
+
+def checked(count, its: str, mine, name: str) -> tuple[int, int]:
+    try:
+        count, mine = int(count), int(mine)
+    except ValueError:
+        raise UsageError(f"{its} is {count!r} and {name} is {mine!r}, expected numbers") from None
+    require(count >= 1, f"{its} is {count}, expected 1 or more")
+    require(0 <= mine < count, f"{name} is {mine}, expected 0 ... {count - 1} of {its} {count}")
     return mine, count
 
 

@@ -1,6 +1,7 @@
 """Rows of text through engines: {"prompt": text} or {"messages": [...]} in, the same with the model's text out."""
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,8 @@ import jax
 
 from smoljax import chat, engine
 from smoljax.engine import Completion, Engine, Request
-from smoljax.errors import DataError, Error, require
+from smoljax.errors import DataError, Error, UsageError, require
+from smoljax.prompts import NoRow
 from smoljax.streaming import Text
 from smoljax.template import Template, check_messages
 from smoljax.weights import Weights
@@ -61,6 +63,11 @@ class Answers:
         self.stack = contextlib.ExitStack()
         self.template = self.stack.enter_context(template(loaded)) if conversations else None
 
+    def at(self, now: float):
+        """The time that a chat template is told, seconds since 1970: of a job that goes on, when it began."""
+        if self.template:
+            self.template.now = now
+
     def __enter__(self):
         return self
 
@@ -73,7 +80,8 @@ class Answers:
         A row that cannot be has an "error" in place of a text; where `strict`, that ends it all. An error does not say
         which row it is of: rows count from where a job goes on, or from where this process's share begins.
         """
-        at_work, ready, places, following = {}, {}, [], 0
+        at_work, ready, places, following = {}, {}, {}, 0
+        numbers = itertools.count()
 
         def requests():
             for i, given in enumerate(rows):
@@ -82,48 +90,54 @@ class Answers:
                 except Error as e:
                     if strict:
                         raise type(e)(f"row {i + 1}: {e}") from None
-                    ready[i] = given | {"error": str(e)}
+                    ready[i], places[next(numbers)] = given | {"error": str(e)}, (i, 0)
+                    yield None
                     continue
                 at_work[i] = row
                 for sample in range(self.n):
-                    places.append((i, sample))
+                    places[next(numbers)] = i, sample
                     yield replace(wanted, seed=wanted.seed + sample, watch=row.texts[sample])
 
-        for number, completion in across(self.engines, requests()):
-            i, sample = places[number]
-            row = at_work[i]
-            row.done[sample] = completion
-            if all(row.done):
-                ready[i] = self.result(at_work.pop(i))
-            while following in ready:
-                yield ready.pop(following)
-                following += 1
-        while following in ready:
-            yield ready.pop(following)
-            following += 1
+        with contextlib.closing(across(self.engines, requests())) as found:
+            for number, completion in found:
+                i, sample = places.pop(number)
+                if completion:
+                    row = at_work[i]
+                    row.done[sample] = completion
+                    if all(row.done):
+                        ready[i] = self.result(at_work.pop(i))
+                while following in ready:
+                    yield ready.pop(following)
+                    following += 1
 
     def request(self, given: dict) -> tuple[Row, Request]:
-        if given.keys() == {"line", "error"}:  # as jobs.rows has one that is none
+        if isinstance(given, NoRow):
             raise DataError(given["error"])
         taken = [name for name in OWN if name in given]
         require(not taken, f"it has the keys {taken}, which are the answer's; rename them")
         if self.conversations:
             ids = chat.encode(self.words, self.template.render(self.messages(given)))
         else:
-            require("messages" not in given, "it has messages, among prompts; give --chat, or files of one kind")
+            if given.get("messages") is not None:
+                raise UsageError("it has messages, among prompts; give --chat, or files of one kind")
             text = prompt(given)
             ids = self.words.encode(text).ids
             require(bool(ids), f"the prompt is {text!r}, which has no tokens; give some text")
-        new, seed = given.get("max_new_tokens", self.max_new_tokens), given.get("seed", self.seed)
-        require(type(seed) is int, f"the seed is {seed!r:.60}, expected a whole number")
-        wanted = Request(ids, new, seed, name="the prompt")
-        engine.check(self.config, replace(wanted, seed=seed + self.n - 1), wanted.name)
+        own = {name: given[name] for name in ("max_new_tokens", "seed") if given.get(name) is not None}
+        wanted = Request(ids, **{"max_new_tokens": self.max_new_tokens, "seed": self.seed} | own, name="the prompt")
+        seed, most = wanted.seed, 2**32 - self.n
+        require(
+            type(seed) is int and 0 <= seed <= most, f"the seed is {seed!r:.60}, expected a number from 0 to {most}"
+        )
+        engine.check(self.config, wanted, wanted.name)
+        self.engines[0].check_memory(engine.bucket(len(ids) + wanted.max_new_tokens, 256))
         texts = [Text(self.words, self.stop, self.say) for _ in range(self.n)]
         return Row(given, ids, texts, [None] * self.n), wanted
 
     def messages(self, given: dict) -> list[dict]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        found = given["messages"] if "messages" in given else [*system, {"role": "user", "content": prompt(given)}]
+        system, found = [{"role": "system", "content": self.system}] if self.system else [], given.get("messages")
+        require(found is None or not system, "it has messages of its own, and --system goes before prompts alone")
+        found = [*system, {"role": "user", "content": prompt(given)}] if found is None else found
         check_messages(found)
         return found
 
@@ -141,8 +155,8 @@ class Answers:
 
 
 def prompt(given: dict) -> str:
-    require("prompt" in given, f"expected a prompt or messages, found the keys {sorted(given)[:8]}")
-    text = given["prompt"]
+    text = given.get("prompt")
+    require(text is not None, f"expected a prompt or messages, found the keys {sorted(given)[:8]}")
     require(isinstance(text, str), f"the prompt is {text!r:.60}, expected a text")
     return text
 
@@ -153,8 +167,11 @@ def written(found: tuple) -> dict:
     return {"logprob": own, "top": [list(pair) for pair in zip(ids, theirs, strict=True)]}
 
 
-def across(engines: list[Engine], requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-    """One stream of requests through several engines, each on its own device and thread; numbered as they come."""
+def across(engines: list[Engine], requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion | None]]:
+    """One stream of requests through several engines, each on its own device and thread; numbered as they come.
+
+    However it ends, the threads end first: one that is within JAX as Python goes away would abort the process.
+    """
     if len(engines) == 1:
         yield from engines[0].run(requests)
         return
@@ -167,7 +184,7 @@ def across(engines: list[Engine], requests: Iterable[Request]) -> Iterator[tuple
             while True:
                 with lock:
                     number, request = next(source, (None, None))
-                if request is None:
+                if number is None:
                     return
                 numbers.append(number)
                 yield request
@@ -180,17 +197,26 @@ def across(engines: list[Engine], requests: Iterable[Request]) -> Iterator[tuple
         except BaseException as e:  # said by the caller's thread
             results.put(e)
 
-    for one in engines:
-        threading.Thread(target=work, args=(one,), daemon=True).start()
+    threads = [threading.Thread(target=work, args=(one,), daemon=True) for one in engines]
+    for thread in threads:
+        thread.start()
     at_work = len(engines)
-    while at_work:
-        match results.get():
-            case None:
-                at_work -= 1
-            case BaseException() as e:
-                raise e
-            case found:
-                yield found
+    try:
+        while at_work:
+            match results.get():
+                case None:
+                    at_work -= 1
+                case BaseException() as e:
+                    raise e
+                case found:
+                    yield found
+    finally:
+        for one in engines:
+            one.stopped = True
+        for thread in threads:
+            thread.join()
+        for one in engines:
+            one.stopped = False
 
 
 def template(loaded: Weights) -> Template:

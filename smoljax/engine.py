@@ -19,6 +19,7 @@ from smoljax.sampling import DAMAGED, NONE, Sampling
 
 LONGEST = 512  # tokens of a prompt that are read at a time: scores of all heads against 8,192 places are 150 MB
 SHORTEST = 32
+PASSED = 1000  # places without a request that are gone past before rows at work go on
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,24 @@ class Engine:
         on_cpu = jax.default_backend() == "cpu"
         self.rounds = rounds or (8 if on_cpu else 32)
         self.budget = 512 if on_cpu else 8192  # tokens of prompts that are read at a time
+        self.stopped = False  # by another thread: then a run ends behind its next rounds
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        """(the request's number, what it gave), as rows end. Requests are checked, and taken, as slots come free."""
+    def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion | None]]:
+        """(the request's number, what it gave), as rows end. Requests are checked, and taken, as slots come free.
+
+        None in place of a request, which could not be made, gives None: so that nobody waits for it.
+        """
         self.state, self.rows, self.places = None, [None] * self.slots, 0
-        self.waiting, self.source = [], enumerate(requests)
-        while self.fill():
+        self.waiting, self.source, self.passed = [], enumerate(requests), []
+        while not self.stopped and self.fill():
             yield from self.finished()
             if any(self.rows):
                 self.advance()
                 yield from self.finished()
 
     def finished(self):
+        yield from ((number, None) for number in self.passed)
+        self.passed = []
         for slot, row in enumerate(self.rows):
             if row and row.reason:
                 self.rows[slot] = None
@@ -152,10 +159,13 @@ class Engine:
     def fill(self) -> bool:
         """Requests into free slots; whether there is anything at work."""
         free = [slot for slot, row in enumerate(self.rows) if row is None]
-        while len(self.waiting) < len(free):
+        while len(self.waiting) < len(free) and len(self.passed) < PASSED:
             number, request = next(self.source, (None, None))
-            if request is None:
+            if number is None:
                 break
+            if request is None:
+                self.passed.append(number)
+                continue
             row = Row(number, request)
             check(self.config, request, row.name)
             self.waiting.append(row)
@@ -171,7 +181,7 @@ class Engine:
             self.resize(1 + max(len(row.request.prompt) for row in group))
             self.begin(T, group, free[: len(group)], 1 if len(group) == 1 else min(self.slots, self.budget // T))
             free = free[len(group) :]
-        return any(self.rows)
+        return any(self.rows) or bool(self.passed)
 
     def begin(self, T: int, group: list[Row], slots: list[int], size: int):
         prompts = [row.request.prompt for row in group]
@@ -228,7 +238,7 @@ class Engine:
             if row:
                 mine = None
                 if found is not None:
-                    mine = [part[:, slot].reshape(-1, *part.shape[3:]) for part in found]
+                    mine = [flat(part[:, slot]) for part in found]
                 row.take(tokens[:, slot].reshape(-1).tolist(), mine, self.eos)
 
     def resize(self, places: int):
@@ -271,6 +281,10 @@ def at(found: Sequence[np.ndarray], index) -> tuple:
     return tuple(part[index].tolist() for part in found)
 
 
+def flat(part: np.ndarray) -> np.ndarray:  # RD... -> (RD)...
+    return part.reshape(part.shape[0] * part.shape[1], *part.shape[2:])  # no -1: of 0 likeliest there is nothing
+
+
 def whole(value, name: str) -> int:
     try:
         return operator.index(value)
@@ -298,7 +312,7 @@ def check(config: Model, request: Request, name: str):
     """A UsageError where a request cannot be: each id in the vocabulary, all of it within the model's positions."""
     V, S = config.vocab_size, config.max_position_embeddings
     new = request.max_new_tokens
-    require(type(new) is int and new >= 1, f"max_new_tokens is {new!r}, expected a whole number, 1 or more")
+    require(type(new) is int and new >= 1, f"max_new_tokens is {new!r:.60}, expected a whole number, 1 or more")
     require(0 <= request.seed < 2**32, f"seed is {request.seed}, expected 0 or more, below 2**32")
     require(bool(request.prompt), f"{name} is empty; give at least one token, such as the model's bos_token_id")
     for token in request.prompt:

@@ -8,6 +8,7 @@ is our bug and keeps its traceback.
 """
 
 import errno
+import io
 import os
 import sys
 
@@ -47,6 +48,8 @@ def require(ok: bool, sentence: str):
 
 def run(main, argv=None) -> int:
     """Call a program's main(argv) as a process would: its exit code, its mistakes as one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal has not must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(argv) or 0
     except Error as e:
@@ -59,7 +62,7 @@ def run(main, argv=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports SIGPIPE
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             print(f"smoljax: {e.filename or 'the output'} cannot be written: {e.strerror}", file=sys.stderr)
             return 1
         if "RESOURCE_EXHAUSTED" not in str(e):

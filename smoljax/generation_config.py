@@ -20,6 +20,24 @@ NEUTRAL |= {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0
 NEUTRAL |= {"remove_invalid_values": False, "renormalize_logits": False, "early_stopping": False, "max_length": 20}
 
 
+def number(value) -> bool:
+    return type(value) in (int, float)
+
+
+def texts(value) -> bool:
+    each = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and text for text in each)
+
+
+KINDS = {key: (number, "a number") for key in ("temperature", "top_p", "min_p", "repetition_penalty")}
+KINDS |= {key: (lambda value: type(value) is int, "a whole number") for key in ("top_k", "min_new_tokens")}
+KINDS["max_new_tokens"] = (lambda value: type(value) is int and value >= 1, "a whole number, 1 or more")
+KINDS |= {
+    "stop_strings": (texts, "texts that are not empty"),
+    "do_sample": (lambda v: type(v) is bool, "true or false"),
+}
+
+
 def defaults(files: dict[str, bytes], source: str) -> dict:
     """What a model's own file asks for, by the names of Sampling, max_new_tokens and stop_strings; {} where there is
     none.
@@ -27,6 +45,13 @@ def defaults(files: dict[str, bytes], source: str) -> dict:
     Raises UsageError for a key that would change what is given and that smoljax has not.
     """
     found = parse_json(files.get("generation_config.json", b"{}"), Path("generation_config.json"))
+    for key, (fine, expected) in KINDS.items():
+        value = found.get(key)
+        if value is not None and not fine(value):
+            raise UsageError(
+                f"generation_config.json of {source} has {key} = {value!r:.60}, expected {expected}; mend it, or leave "
+                "the file aside by --no-generation-config"
+            )
     out = {}
     for key, value in found.items():
         if value is None or key in (*IDS, *ABOUT) or (key in SAMPLED and found.get("do_sample") is not True):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from smoljax.errors import require
 
+HOTTEST, LARGEST = 1e30, 1_000_000  # of what divides logits, and of what is added or multiplied: f32 holds the result
 NONE, DAMAGED = -1, -2  # in place of a token: none here; the logits are not finite
 
 
@@ -35,7 +36,7 @@ class Sampling:
         if isinstance(self.logit_bias, dict):
             object.__setattr__(self, "logit_bias", tuple(sorted(self.logit_bias.items())))
         t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
-        require(math.isfinite(t) and t >= 0, f"temperature is {t}, expected 0 (greedy) or more")
+        require(0 <= t <= HOTTEST, f"temperature is {t}, expected 0 (greedy) to {HOTTEST:g}")
         require(
             k is None or (type(k) is int and k >= 1),
             f"top_k is {k}, expected 1 or more; leave it out to keep all tokens",
@@ -43,14 +44,20 @@ class Sampling:
         require(p is None or 0 < p <= 1, f"top_p is {p}, expected more than 0 and at most 1")
         require(m is None or 0 <= m <= 1, f"min_p is {m}, expected 0 to 1")
         r = self.repetition_penalty
-        require(math.isfinite(r) and r > 0, f"repetition_penalty is {r}, expected more than 0; 1 changes nothing")
+        fine = 1 / LARGEST <= r <= LARGEST
+        require(
+            fine, f"repetition_penalty is {r}, expected more than 0, {1 / LARGEST} to {LARGEST:,}; 1 changes nothing"
+        )
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
-            require(math.isfinite(value), f"{name} is {value}, expected a number; 0 changes nothing")
+            fine = -LARGEST <= value <= LARGEST
+            require(fine, f"{name} is {value}, expected a number within {LARGEST:,} of 0, which changes nothing")
         for pair in self.logit_bias:
-            fine = len(pair) == 2 and type(pair[0]) is int and pair[0] >= 0 and pair[1] < math.inf
-            require(fine, f"logit_bias has {pair}, expected a token id and a number, -inf to forbid it")
-        require(self.min_new_tokens >= 0, f"min_new_tokens is {self.min_new_tokens}, expected 0 or more")
+            fine = len(pair) == 2 and type(pair[0]) is int and pair[0] >= 0
+            fine = fine and (-LARGEST <= pair[1] <= LARGEST or pair[1] == -math.inf)
+            require(fine, f"logit_bias has {pair}, expected a token id and a number within {LARGEST:,} of 0, or -inf")
+        fine = type(self.min_new_tokens) is int and 0 <= self.min_new_tokens < 2**31
+        require(fine, f"min_new_tokens is {self.min_new_tokens}, expected 0 or more, below 2**31")
         n = self.logprobs
         require(n is None or 0 <= n <= 100, f"logprobs is {n}, expected 0 to 100 of the likeliest tokens")
         require(n is not None or not self.prompt_logprobs, "prompt_logprobs comes with logprobs, how many a token")
@@ -115,8 +122,8 @@ def filtered(scaled, how: Sampling):  # BV -> BV
         k = min(how.top_k, scaled.shape[-1])
         scaled = jnp.where(scaled >= least(scaled, lambda kept: jnp.sum(kept, -1) >= k), scaled, -jnp.inf)
     if how.top_p is not None and how.top_p < 1:  # f32's sum can be 1 before the last
-        p = jax.nn.softmax(scaled)
-        enough = least(scaled, lambda kept: jnp.sum(jnp.where(kept, p, 0), -1) >= how.top_p)
+        p, wanted = jax.nn.softmax(scaled), max(how.top_p, jnp.finfo(jnp.float32).tiny)  # below that f32 has 0
+        enough = least(scaled, lambda kept: jnp.sum(jnp.where(kept, p, 0), -1) >= wanted)
         scaled = jnp.where(scaled >= enough, scaled, -jnp.inf)
     if how.min_p is not None:
         scaled = jnp.where(scaled >= (math.log(how.min_p) if how.min_p else -jnp.inf), scaled, -jnp.inf)

@@ -26,8 +26,9 @@ class Text:
             counts = range(first + 1, len(tokens) + 1)
             return next(n for n in counts if any(s in self.words.decode(tokens[:n]) for s in self.stop))
         if self.say:
+            text = text.rstrip(HALF)
             held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-            self.tell(text[: len(text) - held].rstrip(HALF))
+            self.tell(text[: len(text) - held])
         return None
 
     def whole(self, tokens: list[int]) -> str:

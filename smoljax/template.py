@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from smoljax.errors import DataError
@@ -29,7 +30,8 @@ BOOT += "sys.path += packages; from smoljax import template; template.serve()"
 class Template:
     """A chat template, compiled: `render` as often as you like, from any thread, then `close`.
 
-    Its `name` is for people; `bos` and `eos` are its bos_token and eos_token. A template at fault is a DataError.
+    Its `name` is for people; `bos` and `eos` are its bos_token and eos_token. `now` is what strftime_now says, one time
+    for all conversations: seconds since 1970. A template at fault is a DataError.
     """
 
     def __init__(self, text: str, name: str, bos: str = "", eos: str = ""):
@@ -37,6 +39,7 @@ class Template:
         if (size := len(self.text)) > TEMPLATE_LIMIT:
             raise DataError(f"{name} has {size:,} bytes, expected a chat template of at most {TEMPLATE_LIMIT:,}")
         self.tokens, self.lock = dict(bos_token=bos, eos_token=eos), threading.Lock()
+        self.now = time.time()
         self.start()
 
     def __enter__(self):
@@ -50,7 +53,8 @@ class Template:
         check_messages(messages)
         given = dict(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         try:
-            request = json.dumps(self.tokens | given | variables, ensure_ascii=False).encode(errors="surrogatepass")
+            request = json.dumps([self.now, self.tokens | given | variables], ensure_ascii=False)
+            request = request.encode(errors="surrogatepass")
         except (TypeError, ValueError, RecursionError) as e:
             raise DataError(f"messages, tools and variables must be what JSON can say ({e})") from None
         if len(request) > TEXT_LIMIT:
@@ -105,7 +109,7 @@ class Template:
 
 def serve():
     """The child: make a template of the first text on stdin, then render what follows, until stdin ends."""
-    make, template = compiler(), None
+    (make, clock), template = compiler(), None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this process
     with contextlib.suppress(OSError, ValueError):  # macOS has neither
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -118,10 +122,12 @@ def serve():
         signal.setitimer(signal.ITIMER_REAL, WALL)
         signal.setitimer(signal.ITIMER_PROF, CPU)  # then a signal ends this process, whatever call it is in
         try:
-            for part in template.generate(json.loads(request)) if template else ():
-                out += part.encode()
-                if len(out) > TEXT_LIMIT:
-                    raise OverflowError(f"a text of more than {TEXT_LIMIT:,} bytes")
+            if template:
+                clock[0], given = json.loads(request)
+                for part in template.generate(given):
+                    out += part.encode()
+                    if len(out) > TEXT_LIMIT:
+                        raise OverflowError(f"a text of more than {TEXT_LIMIT:,} bytes")
             template = template or make(request)
         except BaseException as e:
             good, out = False, describe(e.with_traceback(None)).encode(errors="replace")  # without the frames' memory
@@ -133,7 +139,7 @@ def serve():
 
 
 def compiler():
-    """text -> jinja2's template, in transformers' environment."""
+    """text -> jinja2's template, in transformers' environment; and a list of the time that it is there."""
     import datetime
 
     from jinja2 import TemplateError, ext, nodes, sandbox
@@ -163,13 +169,14 @@ def compiler():
 
     made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     made.filters["tojson"] = tojson
-    now = lambda format: datetime.datetime.now().strftime(format)  # noqa: E731
+    clock = [time.time()]
+    now = lambda format: datetime.datetime.fromtimestamp(clock[0]).strftime(format)  # noqa: E731
     made.globals |= dict(raise_exception=raise_exception, strftime_now=now)
     for text in ("{{ 'a b' | wordwrap(1) | pprint | striptags }}{{ lipsum(1) }}{{ [1] | random }}", "{{ 1 / 0 }}"):
         with contextlib.suppress(ZeroDivisionError):  # these import modules late, when no file can be opened
             made.from_string(text).render()
     now("%c")
-    return made.from_string
+    return made.from_string, clock
 
 
 def describe(e: BaseException) -> str:
@@ -195,7 +202,7 @@ def check_messages(messages) -> None:
         raise DataError(f"a conversation is {str(messages)[:60]}, expected a list of one message or more")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise DataError(f"message {i} is a {type(message).__name__}, expected an object with role and content")
+            raise DataError(f"message {i} is {message!r:.60}, expected an object with role and content")
         for key in ("role", "content"):
             if not isinstance(value := message.get(key), str):
                 raise DataError(

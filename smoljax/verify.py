@@ -49,8 +49,8 @@ def compare(source: Source, folder: Path, dtype: str) -> dict:
         for each, found in ((source, before), (written, ours)):
             if not np.isfinite(found).all():
                 raise DataError(
-                    f"{each.name}: the logits of a text are not finite, which proves nothing; its numbers are too large "
-                    "for f32, or the weights are damaged"
+                    f"{each.name}: the logits of a text are not finite, which proves nothing; its numbers are too "
+                    "large for f32, or the weights are damaged"
                 )
         report["logits"] = {"tokens": len(ids), "largest_difference": float(np.abs(ours - before).max())}
         report["loss"] = {"source": loss(before, ids), "written": loss(ours, ids)}

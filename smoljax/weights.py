@@ -4,10 +4,13 @@ GGUF file, a nanotron checkpoint, a name on the Hugging Face hub (`owner/name@re
 import contextlib
 import functools
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import numpy as np
 from tokenizers import Tokenizer
 
 from smoljax import checkpoint, committed, companions, exchange, fetch, gguf, hf, hub, nanotron, tokenizer
@@ -131,6 +134,13 @@ def find(path: str | Path) -> Path:
         f"there is no {path}{meant(name, fetch.NAMES)}; expected {EXPECTED}, a name on the hub (owner/name) or "
         f"{', '.join(fetch.NAMES)}"
     )
+
+
+def digest(found: Weights) -> str:
+    """Tells these weights and files from others, so that no job goes on with others; no protection from malice."""
+    sums = [zlib.crc32(np.asarray(a).reshape(-1).view(np.uint8)) for a in jax.tree.leaves(found.model)]
+    sums += [zlib.crc32(found.files[name]) for name in sorted(found.files)]
+    return f"{zlib.crc32(repr((sums, sorted(found.files))).encode()):08x}"
 
 
 def check_tokenizer(found: Weights, shards: Shards):

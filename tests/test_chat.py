@@ -277,7 +277,7 @@ def test_pick(caplog):
         ([], "a conversation is [], expected a list"),
         ({"role": "user"}, "expected a list"),
         ("Hello", "a conversation is Hello, expected a list"),
-        ([*HELLO, "Hi"], "message 1 is a str, expected an object"),
+        ([*HELLO, "Hi"], "message 1 is 'Hi', expected an object"),
         ([*HELLO, {"role": "user"}], "message 1: content is absent"),
         ([*HELLO, {"role": "user", "content": [{"type": "text"}]}], "message 1: content is [{'type': 'text'}]"),
         ([{"role": 1, "content": "x"}], "message 0: role is 1"),

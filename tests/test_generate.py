@@ -2,12 +2,17 @@
 
 import itertools
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import jax
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -68,6 +73,10 @@ def test_samples_and_logprobs(folder, words, capsys):
         for found in sample["logprobs"]:
             (_, first), (_, second) = found["top"]
             assert 0 > first >= second and found["logprob"] <= first
+    (bare,) = answers(folder, capsys, *how, "--seed", "5", "--logprobs", "0")
+    expected = [found["logprob"] for found in row["samples"][0]["logprobs"]]
+    assert [found["logprob"] for found in bare["logprobs"]] == pytest.approx(expected, abs=1e-5)
+    assert all(found["top"] == [] for found in bare["logprobs"])
     first, *found = row["prompt_logprobs"]
     assert first is None and len(found) == len(words.encode(TEXTS[0]).ids) - 1
     assert all(p["logprob"] <= p["top"][0][1] < 0 and len(p["top"]) == 2 for p in found)
@@ -95,6 +104,12 @@ def test_text_as_it_comes(words):
         assert one.whole(ids[: ends[0]]) == "".join(said) == text[: text.index("STOP")]
         assert ends[0] == next(n for n in range(len(ids)) if "STOP" in words.decode(ids[:n]))
         assert not any("\ufffd" in piece or "S" in piece for piece in said)
+    said = []
+    one = Text(words, ("f\u00e9",), said.append)
+    for n in range(1, len(ids) + 1):  # a stop string whose second character comes in two tokens
+        if one(ids[:n]) is not None:
+            break
+    assert "".join(said) == one.whole(ids[:n]) == "ca"
 
 
 def write(file: Path, rows: list):
@@ -144,6 +159,112 @@ def test_a_job(folder, words, tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.job"]
     with pytest.raises(UsageError, match="is another job's .*seed was 0, is 1"):
         generate.main([*args, "--seed", "1"])
+
+
+ODD = [  # what a bad row has must not end the job, nor be taken for an answer
+    {"prompt": "a", "tokens": 7},
+    {"prompt": "a", "samples": ["x"]},
+    {"line": 1, "error": "mine"},
+    {"prompt": "a", "seed": -1},
+    {"prompt": "a", "seed": 2**32 - 1},
+    {"prompt": "a", "max_new_tokens": True},
+    {"prompt": "a" * 4000},
+    {"prompt": None, "messages": [{"role": "user", "content": "a"}]},
+]
+
+
+@pytest.mark.parametrize("size", ["3", "30"])  # on several devices, on one
+def test_odd_rows(folder, tmp_path, capsys, monkeypatch, size):
+    from smoljax import budget
+
+    monkeypatch.setattr(budget, "device_memory", lambda _: 12_000_000)  # less than a cache for 4,000 tokens
+    good = [{"prompt": text, "seed": None, "max_new_tokens": None, "messages": None} for text in TEXTS]
+    write(tmp_path / "in.jsonl", ["{", *ODD, *good, *[{"prompt": ""}] * 3000, *good])
+    args = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--batch-size", size, "--n", "2"]
+    assert run(generate.main, [str(folder), *args, "--max-new-tokens", "2", "--ignore-eos"]) == 3
+    out = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert ["error" in row for row in out] == [True] * 9 + [False] * 4 + [True] * 3000 + [False] * 4
+    assert [row["error"].partition(",")[0] for row in out[3:6]] == [
+        "it has the keys ['error']",
+        "the seed is -1",
+        "the seed is 4294967295",
+    ]
+    assert "places need" in out[7]["error"] and "it has messages, among prompts" in out[8]["error"]
+    assert all(len(sample["tokens"]) == 2 for row in out[9:13] for sample in row["samples"])
+
+
+def test_an_end_in_the_middle_leaves_no_thread(folder, capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    write(tmp_path / "in.txt", TEXTS * 8)
+    args = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--batch-size", "4"]
+    before = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Job, "write", full)
+        assert run(generate.main, [str(folder), *args, "--ignore-eos"]) == 1
+    assert threading.active_count() == before and "No space left" in capsys.readouterr().err
+
+
+def test_what_a_parquet_file_may_hold(folder, tmp_path, capsys):
+    far = pyarrow.array([0, 1 << 50, 0, 0], pyarrow.timestamp("s"))
+    table = {
+        "prompt": pyarrow.array([None, *TEXTS[1:]]),
+        "messages": pyarrow.array([[{"role": "user", "content": "x"}], None, None, None]),
+        "seed": pyarrow.array([None, None, 3, None]),
+        "at": pyarrow.array([1, 2, 3, 4], pyarrow.timestamp("ns")),
+        "far": far,
+        "share": pyarrow.array([1.0, 0.5, math.nan, math.inf]),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "in.parquet")
+    args = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    assert run(generate.main, [str(folder), *args, "--ignore-eos"]) == 3
+    out = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out").read_text().splitlines()]
+    assert ["error" in row for row in out] == [False, True, False, False]
+    assert out[1]["line"] == 2 and "among messages" not in out[1]["error"] and out[0]["at"].endswith(".000000001")
+    assert "text" in out[0] and out[2]["share"] is None is out[3]["share"] and out[2]["seed"] == 3
+    for content, sentence in [({"prompt": pyarrow.array([], pyarrow.string())}, "holds no rows"), (None, "no sound")]:
+        if content:
+            pyarrow.parquet.write_table(pyarrow.table(content), tmp_path / "in.parquet")
+        else:
+            (tmp_path / "in.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-9])
+        assert run(generate.main, [str(folder), *args]) in (2, 3)
+        assert sentence in capsys.readouterr().err
+
+
+def test_another_model_in_the_same_place_is_another_job(folder, tmp_path, capsys):
+    place = shutil.copytree(folder, tmp_path / "model")
+    write(tmp_path / "in.txt", TEXTS)
+    args = [str(place), "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    assert generate.main(args) == 0 and generate.main(args) == 0
+    own = (place / "generation_config.json").read_bytes()
+    (place / "generation_config.json").write_text('{"stop_strings": "zz"}')
+    with pytest.raises(UsageError, match="is another job's .*stop was .*weights was"):
+        generate.main(args)
+    (place / "generation_config.json").write_bytes(own)
+    assert generate.main(args) == 0
+    other = jax.tree.map(lambda w: w * 2, make())
+    shutil.rmtree(place)
+    hf.save(place, other, CONFIG, tokenizer=folder)
+    with pytest.raises(UsageError, match="is another job's .weights was '[0-9a-f]+', is"):
+        generate.main(args)
+    for damaged in ("", "[]", "{}"):
+        (tmp_path / "out.job").write_text(damaged)
+        with pytest.raises(DataError, match="out.job is damaged"):
+            generate.main(args)
+
+
+def test_a_template_is_told_the_time_that_its_job_began(folder, tmp_path, capsys):
+    place = shutil.copytree(folder, tmp_path / "model")
+    (place / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{{ messages[0].content }}")
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
+    write(tmp_path / "in.jsonl", rows)
+    args = [str(place), "--input", str(tmp_path / "in.jsonl"), "--max-new-tokens", "2", "--ignore-eos", "--output"]
+    assert generate.main([*args, str(tmp_path / "whole"), "--prompt-logprobs", "--logprobs", "1"]) == 0
+    shutil.copy(tmp_path / "whole.job", tmp_path / "again.job")
+    time.sleep(1.1)
+    assert generate.main([*args, str(tmp_path / "again"), "--prompt-logprobs", "--logprobs", "1"]) == 0
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_other_files(folder, tmp_path, capsys):
@@ -230,6 +351,17 @@ def test_generation_config():
     assert of(num_beams=1, length_penalty=1.0) == {}
     with pytest.raises(UsageError, match="num_beams = 4, which smoljax has not"):
         of(num_beams=4)
+    for keys in (dict(temperature="0.6"), dict(top_k=2.5), dict(min_new_tokens="3"), dict(max_new_tokens=0)):
+        with pytest.raises(UsageError, match=f"of it has {next(iter(keys))} = .*, expected a .*number"):
+            of(do_sample=True, **keys)
+    for keys in (
+        dict(stop_strings=""),
+        dict(stop_strings=["a", 1]),
+        dict(stop_strings={"a": 1}),
+        dict(do_sample="true"),
+    ):
+        with pytest.raises(UsageError, match=f"of it has {next(iter(keys))} = .*, expected t"):
+            of(**keys)
 
 
 def test_the_models_own_settings(folder, tmp_path, capsys):
@@ -261,6 +393,13 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
         (["--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens is 0"),
         (["--prompt", "a", "--top-k", "5"], "greedy; give a temperature"),
         (["--prompt", "a", "--temperature", "0", "--top-k", "5"], "give --temperature"),
+        (["--prompt", "a", "--temperature", "1e38"], "temperature is 1e.38, expected 0 .greedy. to 1e.30"),
+        (["--prompt", "a", "--min-new-tokens", "2147483648"], "min_new_tokens is 2147483648, expected"),
+        (
+            ["--prompt", "a", "--frequency-penalty", "1e39"],
+            "frequency_penalty is 1e.39, expected a number within 1,000,000",
+        ),
+        (["--prompt", "a", "--logit-bias", "3=1e39"], "logit_bias has .3, 1e.39., expected"),
         (["--prompt", "a", "--min-p", "2"], "min_p is 2.0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
         (["--prompt", "a", "--logit-bias", "x"], "--logit-bias 'x', expected a token id and a number"),
@@ -273,8 +412,11 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
         (["--prompt", "a", "--logprobs", "1"], "--logprobs are given with --json"),
         (["--prompt", "a", "--prompt", "b", "--stream"], "--stream is for one --prompt"),
         (["--prompt", ""], "row 1: the prompt is '', which has no tokens"),
-        (["--prompt", "\udcff"], "prompt 1 is not UTF-8"),
+        (["--prompt", "\udcff"], "--prompt .* is not UTF-8"),
         (["--prompt", "a " * 9000], "that is beyond the model's max_position_embeddings"),
+        (["--messages", "x", "--chat", "--system", "y"], "--messages has conversations"),
+        (["--prompt", "a", "--stop", "\udcff"], "--stop .* is not UTF-8 text"),
+        (["--input", "x.txt", "--output", "/"], "--output / is a folder"),
         (["--prompt", "a", "--output", "x"], "--input and --output go together"),
         (["--input", "x.csv", "--output", "y"], "ends with '.csv', expected .jsonl, .parquet, .txt"),
         (["--prompt", "a", "--num-processes", "2"], "--num-processes and --process-id go together"),
@@ -283,6 +425,14 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
 def test_mistakes(folder, args, sentence):
     with pytest.raises(UsageError, match=sentence):
         generate.main([str(folder), *args])
+
+
+@pytest.mark.parametrize("count, mine", [("4", "x"), ("0", "0"), ("4", "7"), ("x", "0")])
+def test_a_launcher_that_says_nonsense(folder, monkeypatch, count, mine):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", count)
+    monkeypatch.setenv("SLURM_PROCID", mine)
+    with pytest.raises(UsageError, match="SLURM_.* is .*, expected"):
+        generate.main([str(folder), "--input", "x.txt", "--output", "y"])
 
 
 def test_files_that_cannot_be(folder, tmp_path):

@@ -272,6 +272,9 @@ def test_sampling_extremes():
         assert draw(logits * 1e30, Sampling(tiny, top_k=2, top_p=0.5, min_p=0.5)).tolist() == [1]
     assert draw(logits, Sampling(1.0, top_k=99))[0] in (0, 1, 2)
     assert set(draw(np.tile(logits, (100, 1)), Sampling(1e30))) == {0, 1, 2}
+    assert set(draw(np.tile(logits, (100, 1)), Sampling(1e30, logit_bias=((1, -np.inf),)))) == {0, 2}
+    for p in (1e-30, 1e-38, 1e-300):
+        assert set(draw(np.tile(logits, (100, 1)), Sampling(1.0, top_p=p))) == {1}
     assert draw(logits.astype("bfloat16"), Sampling()).tolist() == [1]
     for bad in (np.nan, np.inf, -np.inf):
         both = np.array([[1.0, bad, 2.0], [1.0, 3.0, 2.0]], np.float32)
