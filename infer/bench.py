@@ -62,18 +62,7 @@ def main(argv=None) -> int:
     parser.add_argument("--out", metavar="FILE", help="the suite's JSON (default: bench-decode-DEVICE.json)")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is JSON")
     args = parser.parse_intermixed_args(argv)
-    require(not (args.against and args.suite), "--against, --suite: one of them")
-    require(args.suite != "", "--suite '' has no part; leave the '' out for all")
-    require(args.suite or not args.out, "--out is for --suite; else --json prints the result")
-    for name in ("dtype", "cache", "json", *USUAL):
-        given, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        fine = not args.suite or given in (None, False)
-        require(fine, f"{flag} is not for --suite, which has rows of its own and writes JSON to --out")
-        if name in USUAL:
-            least = 0 if name == "drafts" else 1
-            require(given is None or given >= least, f"{flag} is {given}, expected at least {least}")
-            setattr(args, name, USUAL[name] if given is None else given)
-    require(args.drafts <= 16, f"--drafts is {args.drafts}, expected at most 16")
+    check(args)
     check_peer(args)
     if args.against:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are on one GPU
@@ -113,6 +102,22 @@ def main(argv=None) -> int:
     if args.json:
         print(json.dumps(result))
     return 0
+
+
+def check(args):
+    """Flags that cannot be; those of USUAL that are not given get their values."""
+    require(not (args.against and args.suite), "--against, --suite: one of them")
+    require(args.suite != "", "--suite '' has no part; leave the '' out for all")
+    require(args.suite or not args.out, "--out is for --suite; else --json prints the result")
+    for name in ("dtype", "cache", "json", *USUAL):
+        given, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        fine = not args.suite or given is None or given is False
+        require(fine, f"{flag} is not for --suite, which has rows of its own and writes JSON to --out")
+        if name in USUAL:
+            least = 0 if name == "drafts" else 1
+            require(given is None or given >= least, f"{flag} is {given}, expected at least {least}")
+            setattr(args, name, USUAL[name] if given is None else given)
+    require(args.drafts <= 16, f"--drafts is {args.drafts}, expected at most 16")
 
 
 def check_peer(args):

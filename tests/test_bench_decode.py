@@ -30,7 +30,7 @@ from smoljax import (
     weights,
 )
 from smoljax.config import SIZES, Train
-from smoljax.errors import Error, run
+from smoljax.errors import Error, UsageError, run
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "model.head_dim=16"]
@@ -314,6 +314,24 @@ def test_the_suite_writes_what_it_has_and_goes_on_after_a_row_that_fails(tmp_pat
     assert "| runs |" in table and "too large for this machine" in table and written["device"] in table
 
 
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode_suite, "bandwidth", lambda: pytest.fail("measured"))
+    for out in (tmp_path, tmp_path / "no" / "out.json"):
+        with pytest.raises(UsageError, match=f"{out} cannot be written"):
+            decode_suite.run(model(), "all", str(out))
+
+
+def test_positions_are_the_models_own(capsys):
+    assert run(main, [*TINY, "model.max_position_embeddings=16", "--prompt-tokens", "4", "--new-tokens", "13"]) == 2
+    assert "17 positions, more than the model's 16" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(main, ["--against", "transformers"]) == 2
+    assert "needs torch and transformers: pip install" in capsys.readouterr().err
+
+
 def test_every_part_of_the_suite_has_rows(monkeypatch):
     monkeypatch.setattr(decode_suite, "bandwidth", lambda: {"sum": 2.0, "copy": 1.0})
     for name, part in decode_suite.PARTS.items():
@@ -359,6 +377,10 @@ def test_weights_of_a_folder(tmp_path, capsys):
         (["--against", "llama.cpp", "--llama-cpp", "/no/folder"], "--llama-cpp /no/folder holds no node_modules/node"),
         (["--suite", "decoed"], "--suite decoed; did you mean 'decode'"),
         (["--suite", "--dtype", "int8"], "--dtype is not for --suite"),
+        (["--suite", "--batch", "1"], "--batch is not for --suite"),
+        (["--suite", "--windows", "0"], "--windows is not for --suite"),
+        (["--suite="], "--suite '' has no part"),
+        (["--out", "x.json"], "--out is for --suite"),
         (["compute.dtype=float32"], "unknown setting 'compute.dtype=float32'; expected model.NAME=VALUE"),
         (["model.vocab_sise=3"], "did you mean 'vocab_size'"),
     ],

@@ -265,6 +265,10 @@ def test_sharded(tmp_path, folder):
 def test_head_in_another_file(tmp_path, folder):
     convert.main([str(folder), str(tmp_path / "many"), "--to", "hf", "--max-file-size", "1e-4"])
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    for odd in ([1], "x"):
+        (tmp_path / "many" / "model.safetensors.index.json").write_text(json.dumps(index | {"metadata": odd}))
+        with pytest.raises(DataError, match="metadata is .*, expected an object"):
+            hf.load(tmp_path / "many")
     embed = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     index["weight_map"][hf.HEAD] = "head.safetensors"
     index["metadata"]["total_size"] += embed.nbytes

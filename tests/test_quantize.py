@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_convert import saved
 from test_hf import cast, edit, same, tensors
 from test_model import CONFIG, SHAPES, forward, make
@@ -147,8 +147,22 @@ def test_converted_again_it_is_the_same_in_one_file_or_many(place, tmp_path, cap
         for file in ("model.safetensors", "config.json"):
             assert (again / file).read_bytes() == (whole / file).read_bytes()
     convert.main([str(place / "int8"), str(tmp_path / "more"), "--dtype", "int8", "--int8-embedding", "--verify"])
+    argv = [str(tmp_path / "more"), str(tmp_path / "same"), "--dtype", "int8", "--int8-embedding", "--verify", "--json"]
+    capsys.readouterr()
+    convert.main(argv)
+    assert json.loads(capsys.readouterr().out)["bits"] == "exact"
     layers = load_file(tmp_path / "more" / "model.safetensors").items()
     assert all(np.array_equal(v, load_file(place / "int8" / "model.safetensors")[k]) for k, v in layers if "proj" in k)
+
+
+def test_logits_that_are_not_finite_prove_nothing(place, tmp_path):
+    shutil.copytree(place / "f32", tmp_path / "huge")
+    found = load_file(tmp_path / "huge" / "model.safetensors")
+    found[UP][0, 0] = 3.4e38
+    save_file(found, tmp_path / "huge" / "model.safetensors")
+    with pytest.raises(DataError, match="logits of a text are not finite, which proves nothing"):
+        convert.main([str(tmp_path / "huge"), str(tmp_path / "out"), "--dtype", "int8", "--verify"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
