@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from smoljax.errors import DataError, UsageError, require, run
 
 FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 FLAGS += ("min_new_tokens", "logprobs", "prompt_logprobs")
-# How many processes share a job, and which one this is. SLURM's are of a step, that is srun's: a batch script is none.
-LAUNCHERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,15 +77,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
     check(args)
-    processes = share(args)
+    processes = jobs.share(args.num_processes, args.process_id) if args.input else (0, 1)
     import jax
 
     from smoljax import chat, runtime, weights
     from smoljax.answers import Answers, turn_ends
-    from smoljax.config import Compute
-    from smoljax.engine import Engine
-    from smoljax.layout import lay_out
-    from smoljax.quantize import quantize
     from smoljax.sampling import Sampling
 
     bias = tuple(map(pair, args.logit_bias))
@@ -114,36 +107,67 @@ def main(argv=None) -> int:
         eos = tuple(args.eos)
     else:
         eos = () if args.ignore_eos else turn_ends(loaded) if conversations else None
+    with contextlib.ExitStack() as held:
+        work = None
+        if args.input:
+            found = {"settings": settings, "source": loaded.source, "weights": weights.digest(loaded), "stop": stop}
+            found |= {"max_new_tokens": limit, "eos": eos, "platform": jax.default_backend()}
+            work = held.enter_context(job(args, found, processes))
+        if not (work and work.complete):
+            answers = Answers(
+                loaded,
+                engines(args, loaded, how, eos, len(rows), work),
+                conversations=conversations,
+                system=args.system,
+                max_new_tokens=limit,
+                seed=args.seed,
+                n=args.n,
+                stop=stop,
+                say=say if args.stream else None,
+            )
+            held.enter_context(answers)
+            if not work:
+                return few(answers, rows, args)
+            do(answers, work)
+    return joined(work)
+
+
+def job(args, found: dict, processes: tuple[int, int]) -> jobs.Job:
+    """What may not change when it goes on: the flags but those of who computes it, and what was found of the model."""
+    what = vars(args) | found
+    for name in ("input", "output", "num_processes", "process_id", "batch_size", "json"):
+        what.pop(name)
+    return jobs.Job(Path(args.input), Path(args.output), what, *processes)
+
+
+def engines(args, loaded, how, eos, rows: int, work: jobs.Job | None) -> list:
+    """One for each device that is needed."""
+    import jax
+
+    from smoljax import weights
+    from smoljax.config import Compute
+    from smoljax.engine import Engine
+    from smoljax.quantize import quantize
+
     model = quantize(loaded.model) if args.int8 and loaded.dtype != "int8" else loaded.model
-    compute = Compute(dtype=args.dtype)
-    wanted = (prompts.count(Path(args.input)) if args.input else len(rows)) * args.n
+    wanted = (work.what["rows"] if work else rows) * args.n
     size = min(args.batch_size or (8 if jax.default_backend() == "cpu" else 64), wanted)
-    options = {"sampling": how, "eos": eos, "compute": compute, "cache": args.cache, "drafts": args.drafts}
-    options |= {"draft": weights.load(args.draft) if args.draft else None}
-    devices = jax.local_devices()[: -(-wanted // size)]
-    served = lay_out(model, args.dtype, size * (1 + args.drafts))
+    served = laid_out(model, args.dtype, size * (1 + args.drafts), work)
+    options = {"sampling": how, "eos": eos, "compute": Compute(dtype=args.dtype), "cache": args.cache}
+    options |= {"drafts": args.drafts, "draft": weights.load(args.draft) if args.draft else None}
+    return [Engine(served, size, device=device, **options) for device in jax.local_devices()[: -(-wanted // size)]]
+
+
+def laid_out(model, dtype: str, rows: int, work):
+    """The model in the forms that are fastest here; of a job that goes on, in those that it had, for equal sums."""
+    from smoljax.layout import lay_out
+
+    served = lay_out(model, dtype, rows, work.kept.get("ways") if work else None)
     if served.report:
         print(f"smoljax: laid out for {served.report}", file=sys.stderr)
-    engines = [Engine(served, size, device=device, **options) for device in devices]
-
-    with Answers(
-        loaded,
-        engines,
-        conversations=conversations,
-        system=args.system,
-        max_new_tokens=limit,
-        seed=args.seed,
-        n=args.n,
-        stop=stop,
-        say=say if args.stream else None,
-    ) as answers:
-        if args.input:
-            what = vars(args) | {"settings": settings, "source": loaded.source, "weights": weights.digest(loaded)}
-            what |= {"stop": stop, "max_new_tokens": limit, "eos": eos}
-            for name in ("input", "output", "num_processes", "process_id", "batch_size", "json"):
-                what.pop(name)
-            return job(answers, jobs.Job(Path(args.input), Path(args.output), what, *processes))
-        return few(answers, rows, args)
+    if work and (ways := work.keep("ways", served.ways)) != served.ways:  # of another process, which was first
+        served = lay_out(model, dtype, rows, ways)
+    return served
 
 
 def asks(row: dict) -> bool:
@@ -169,24 +193,26 @@ def say(text: str):
     print(text, end="", flush=True)
 
 
-def job(answers, work: jobs.Job) -> int:
+def do(answers, work: jobs.Job):
     """A file's rows, from the first that is not done."""
     from smoljax.progress import Progress
 
-    with work:
-        if work.begin > work.first and not work.complete:
-            print(f"smoljax: goes on behind the {work.begin - work.first} rows that are done", file=sys.stderr)
-        rows = itertools.islice(prompts.rows(work.source), work.begin, work.last)
-        if not work.complete:
-            answers.at(work.begun)
-            with (
-                contextlib.closing(answers.run(rows)) as found,
-                Progress(work.last - work.first, work.begin - work.first) as progress,
-            ):
-                for row in found:
-                    work.write(row)
-                    samples = () if "error" in row else row.get("samples", [row])  # what a bad row has is the user's
-                    progress.add(sum(len(sample["tokens"]) for sample in samples))
+    if work.begin > work.first:
+        print(f"smoljax: goes on behind the {work.begin - work.first} rows that are done", file=sys.stderr)
+    rows = itertools.islice(prompts.rows(work.source), work.begin, work.last)
+    answers.at(work.kept["begun"])
+    with (
+        contextlib.closing(answers.run(rows)) as found,
+        Progress(work.last - work.first, work.begin - work.first) as progress,
+    ):
+        for row in found:
+            work.write(row)
+            samples = () if "error" in row else row.get("samples", [row])  # what a bad row has is the user's
+            progress.add(sum(len(sample["tokens"]) for sample in samples))
+
+
+def joined(work: jobs.Job) -> int:
+    """The output, where this was the last process of the job."""
     if not work.join():
         print(f"smoljax: rows {work.first + 1} to {work.last} are done, others are not yet", file=sys.stderr)
         return 0
@@ -224,6 +250,8 @@ def check(args):
     ways = [bool(args.prompt), bool(args.messages), bool(args.input)]
     require(sum(ways) == 1, "expected --prompt TEXT, or --messages FILE, or --input FILE, and one of them")
     require(bool(args.input) == bool(args.output), "--input and --output go together")
+    alone = args.num_processes is None and args.process_id is None
+    require(alone or bool(args.input), "--num-processes and --process-id are for --input")
     require(not args.system or args.chat, "--system is for --chat")
     require(not (args.system and args.messages), "--system goes before prompts, and --messages has conversations")
     require(
@@ -257,29 +285,6 @@ def pair(text: str) -> tuple[int, float]:
         return int(id), float(value)
     except ValueError:
         raise UsageError(f"--logit-bias {text!r}, expected a token id and a number: 42=-1.5") from None
-
-
-def share(args) -> tuple[int, int]:
-    """(which process this is, of how many): by the flags, SLURM or Open MPI. They need not find each other."""
-    if args.num_processes is None and args.process_id is None:
-        for names in LAUNCHERS:
-            if args.input and all(name in os.environ for name in names):
-                return checked(*(pair for name in names for pair in (os.environ[name], name)))
-        return 0, 1
-    count, mine = args.num_processes, args.process_id
-    require(None not in (count, mine), "--num-processes and --process-id go together")
-    require(bool(args.input), "--num-processes is for --input")
-    return checked(count, "--num-processes", mine, "--process-id")
-
-
-def checked(count, its: str, mine, name: str) -> tuple[int, int]:
-    try:
-        count, mine = int(count), int(mine)
-    except ValueError:
-        raise UsageError(f"{its} is {count!r} and {name} is {mine!r}, expected numbers") from None
-    require(count >= 1, f"{its} is {count}, expected 1 or more")
-    require(0 <= mine < count, f"{name} is {mine}, expected 0 ... {count - 1} of {its} {count}")
-    return mine, count
 
 
 if __name__ == "__main__":

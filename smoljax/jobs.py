@@ -18,6 +18,32 @@ from smoljax import atomic, prompts
 from smoljax.errors import DataError, UsageError, require
 
 PATIENCE = 600  # s to wait for another process of the job
+# How many processes share a job, and which one this is. SLURM's are of a step, that is srun's: a batch script is none.
+LAUNCHERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+
+
+def share(count: int | None, mine: int | None) -> tuple[int, int]:
+    """(which process this is, of how many): by --process-id and --num-processes, else SLURM's or Open MPI's variables.
+
+    They need not find each other.
+    """
+    if count is None and mine is None:
+        for names in LAUNCHERS:
+            if all(name in os.environ for name in names):
+                return checked(*(pair for name in names for pair in (os.environ[name], name)))
+        return 0, 1
+    require(None not in (count, mine), "--num-processes and --process-id go together")
+    return checked(count, "--num-processes", mine, "--process-id")
+
+
+def checked(count, its: str, mine, name: str) -> tuple[int, int]:
+    try:
+        count, mine = int(count), int(mine)
+    except ValueError:
+        raise UsageError(f"{its} is {count!r} and {name} is {mine!r}, expected numbers") from None
+    require(count >= 1, f"{its} is {count}, expected 1 or more")
+    require(0 <= mine < count, f"{name} is {mine}, expected 0 ... {count - 1} of {its} {count}")
+    return mine, count
 
 
 def errors(output: Path) -> list[str]:
@@ -70,23 +96,42 @@ class Job:
         return self
 
     def check(self):
-        """The job in this place is this one, or there is none. `begun`: when it first was, seconds since 1970."""
+        """The job in this place is this one, or there is none."""
         file, new = self.beside(".job"), json.loads(json.dumps(self.what))
         if not file.exists():
             require(not self.output.exists(), f"{self.output} exists already; name a new file")
-            self.begun = time.time()
-            atomic.write(file, json.dumps(new | {"begun": self.begun}, indent=1) + "\n")  # ASCII: names may be no text
+            self.kept = {"begun": time.time()}
+            self.save()
             return
-        try:
-            old = json.loads(file.read_text())
-            self.begun = float(old.pop("begun"))
-        except (ValueError, TypeError, LookupError, AttributeError):
-            raise DataError(f"{file} is damaged, and says no more what {self.output} is; remove both") from None
+        old = self.load()
         changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         if changed:
             raise UsageError(
                 f"{self.output} is another job's ({'; '.join(changed)}); name a new file, or remove it and {file.name}"
             )
+
+    def load(self) -> dict:
+        """What the job is, by its file; what is kept for those who go on with it lies in `kept`."""
+        file = self.beside(".job")
+        try:
+            found = json.loads(file.read_text())
+            self.kept = dict(found.pop("kept"))
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise DataError(f"{file} is damaged, and says no more what {self.output} is; remove both") from None
+        return found
+
+    def save(self):
+        text = json.dumps(self.what | {"kept": self.kept}, indent=1)  # ASCII, for the name of a file may be no text
+        atomic.write(self.beside(".job"), text + "\n")
+
+    def keep(self, name: str, value):
+        """What the first process of the job found: this, or what another found before."""
+        with waited(self.common, f"{self.beside('.job')} is being written by another process"):
+            self.load()
+            if name not in self.kept:
+                self.kept[name] = value
+                self.save()
+        return self.kept[name]
 
     def cut(self) -> int:
         """How many rows a killed process has left whole; half a line goes."""

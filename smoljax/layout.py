@@ -106,7 +106,9 @@ class Served:
     config: Model
     dtype: str  # of the arithmetic
 
-    report = ""  # what was chosen, and the times of it; no field, for programs do not depend on it
+    # No fields, for programs do not depend on them:
+    ways = {}  # of each product, by its first weight's name
+    report = ""  # what was chosen, and the times of it
 
     def look_up(self, tokens):  # BT -> BTD
         if isinstance(self.embed, QTensor):
@@ -116,27 +118,33 @@ class Served:
         return x.astype(self.dtype)
 
 
-def lay_out(model, dtype: str, rows: int) -> Served:
+def lay_out(model, dtype: str, rows: int, ways: dict[str, str] | None = None) -> Served:
     """Args:
     model: a SmolLM, its matrices of any dtype or int8 (QTensor).
     dtype: of the arithmetic, and so of the matrices that are not int8.
     rows: that decode at a time, for which the forms are timed.
+    ways: a Served's, so that nothing is timed and sums are rounded as there.
     """
     layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.num_hidden_layers)]
     embed = model.embed if isinstance(model.embed, QTensor) else model.embed[...].astype(dtype)
-    said = []
+    said, chosen = [], {}
+
+    def way_of(names, groups, axes) -> str:
+        way, times = (ways[names[0]], "") if ways else choose(groups, axes, dtype, rows)
+        chosen[names[0]] = way
+        said.extend([f"{'/'.join(names)} {way} ({times})"] * bool(times))
+        return way
+
     for group in GROUPS:  # times of one layer's, and the form for each's
         groups = [[getattr(block, name) for name in group] for block in layers]
-        way, times = choose(groups, MATRICES[group[0]], dtype, rows)
-        said += [f"{'/'.join(group)} {way} ({times})"] * bool(times)
+        way = way_of(group, groups, MATRICES[group[0]])
         for block, weights in zip(layers, groups, strict=True):
             for name in group[1:]:
                 setattr(block, name, None)
             setattr(block, group[0], beside([laid(w, MATRICES[group[0]], dtype, way) for w in weights]))
-    head_way, times = choose([[embed]], (-1,), dtype, rows)
-    said += [f"head {head_way} ({times})"] * bool(times)
-    served = Served(embed, tuple(layers), model.norm[...], laid(embed, (-1,), dtype, head_way), model.config, dtype)
-    served.report = f"{rows} rows: {', '.join(said)}" if said else ""
+    head = laid(embed, (-1,), dtype, way_of(("head",), [[embed]], (-1,)))
+    served = Served(embed, tuple(layers), model.norm[...], head, model.config, dtype)
+    served.ways, served.report = chosen, f"{rows} rows: {', '.join(said)}" if said else ""
     return served
 
 

@@ -20,7 +20,7 @@ from test_hf import train_tokenizer
 from test_model import CONFIG, make
 
 from infer import generate
-from smoljax import generation_config, hf, jobs
+from smoljax import generation_config, hf, jobs, layout
 from smoljax.errors import DataError, UsageError, run
 from smoljax.generation import complete
 from smoljax.streaming import Text
@@ -254,6 +254,20 @@ def test_another_model_in_the_same_place_is_another_job(folder, tmp_path, capsys
             generate.main(args)
 
 
+def test_a_job_that_goes_on_is_laid_out_as_it_was(folder, tmp_path, capsys, monkeypatch):
+    """Which form is the fastest differs from start to start, and sums are rounded by it."""
+    write(tmp_path / "in.txt", TEXTS)
+    args = [str(folder), "--input", str(tmp_path / "in.txt"), "--max-new-tokens", "2", "--logprobs", "1", "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "choose", lambda *_: ("left", "timed"))
+        assert generate.main([*args, str(tmp_path / "whole")]) == 0
+    assert json.loads((tmp_path / "whole.job").read_text())["kept"]["ways"]["head"] == "left"
+    shutil.copy(tmp_path / "whole.job", tmp_path / "again.job")
+    monkeypatch.setattr(layout, "choose", lambda *_: pytest.fail("timed again"))
+    assert generate.main([*args, str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_a_template_is_told_the_time_that_its_job_began(folder, tmp_path, capsys):
     place = shutil.copytree(folder, tmp_path / "model")
     (place / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{{ messages[0].content }}")
@@ -419,7 +433,8 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
         (["--input", "x.txt", "--output", "/"], "--output / is a folder"),
         (["--prompt", "a", "--output", "x"], "--input and --output go together"),
         (["--input", "x.csv", "--output", "y"], "ends with '.csv', expected .jsonl, .parquet, .txt"),
-        (["--prompt", "a", "--num-processes", "2"], "--num-processes and --process-id go together"),
+        (["--input", "x.txt", "--output", "y", "--num-processes", "2"], "--num-processes and --process-id go together"),
+        (["--prompt", "a", "--num-processes", "2"], "--num-processes and --process-id are for --input"),
     ],
 )
 def test_mistakes(folder, args, sentence):
