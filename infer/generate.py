@@ -202,7 +202,7 @@ def do(answers, work: jobs.Job):
     rows = itertools.islice(prompts.rows(work.source), work.begin, work.last)
     answers.at(work.kept["begun"])
     with (
-        contextlib.closing(answers.run(rows)) as found,
+        contextlib.closing(answers.run(rows, before=work.begin)) as found,
         Progress(work.last - work.first, work.begin - work.first) as progress,
     ):
         for row in found:

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from smoljax import atomic
-from smoljax.errors import DataError, require, run
+from smoljax.errors import DataError, UsageError, require, run
 from smoljax.pairs import Row, blocks, lines
 
 
@@ -155,7 +155,11 @@ def writer(output: str | None):
     if not output:
         yield sys.stdout
     elif Path(output).exists() and not Path(output).is_file():
-        with open(output, "w") as stream:
+        try:
+            stream = open(output, "w")
+        except OSError as e:
+            raise UsageError(f"{output} cannot be written ({e.strerror})") from None
+        with stream:
             yield stream
     else:
         with atomic.stream(Path(output).resolve()) as stream:  # where a link leads

@@ -74,29 +74,30 @@ class Answers:
     def __exit__(self, *_):
         self.stack.close()
 
-    def run(self, rows: Iterable[dict], strict: bool = False) -> Iterator[dict]:
+    def run(self, rows: Iterable[dict], strict: bool = False, before: int = 0) -> Iterator[dict]:
         """Each row with what was given for it, in order, as soon as those before it are done.
 
-        A row that cannot be has an "error" in place of a text; where `strict`, that ends it all. An error does not say
-        which row it is of: rows count from where a job goes on, or from where this process's share begins.
+        A row that cannot be has an "error" in place of a text; where `strict`, that ends it all. `before`: so many rows
+        went before, for messages; a row's own error does not say which row it is of.
         """
         at_work, ready, places, following = {}, {}, {}, 0
         numbers = itertools.count()
 
         def requests():
             for i, given in enumerate(rows):
+                name = f"row {before + i + 1}"
                 try:
                     row, wanted = self.request(given)
                 except Error as e:
                     if strict:
-                        raise type(e)(f"row {i + 1}: {e}") from None
+                        raise type(e)(f"{name}: {e}") from None
                     ready[i], places[next(numbers)] = given | {"error": str(e)}, (i, 0)
                     yield None
                     continue
                 at_work[i] = row
                 for sample in range(self.n):
                     places[next(numbers)] = i, sample
-                    yield replace(wanted, seed=wanted.seed + sample, watch=row.texts[sample])
+                    yield replace(wanted, seed=wanted.seed + sample, watch=row.texts[sample], name=name)
 
         with contextlib.closing(across(self.engines, requests())) as found:
             for number, completion in found:
@@ -124,12 +125,14 @@ class Answers:
             ids = self.words.encode(text).ids
             require(bool(ids), f"the prompt is {text!r}, which has no tokens; give some text")
         own = {name: given[name] for name in ("max_new_tokens", "seed") if given.get(name) is not None}
-        wanted = Request(ids, **{"max_new_tokens": self.max_new_tokens, "seed": self.seed} | own, name="the prompt")
+        own = {
+            name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in own.items()
+        }  # as pandas has it
+        wanted = Request(ids, **{"max_new_tokens": self.max_new_tokens, "seed": self.seed} | own)
         seed, most = wanted.seed, 2**32 - self.n
-        require(
-            type(seed) is int and 0 <= seed <= most, f"the seed is {seed!r:.60}, expected a number from 0 to {most}"
-        )
-        engine.check(self.config, wanted, wanted.name)
+        fine = type(seed) is int and 0 <= seed <= most
+        require(fine, f"the seed is {seed!r:.60}, expected a whole number from 0 to {most}")
+        engine.check(self.config, wanted, "the prompt")
         self.engines[0].check_memory(engine.bucket(len(ids) + wanted.max_new_tokens, 256))
         texts = [Text(self.words, self.stop, self.say) for _ in range(self.n)]
         return Row(given, ids, texts, [None] * self.n), wanted

@@ -28,7 +28,7 @@ def stream(file: Path):
     """A text to write that becomes `file` when the block ends well and vanishes when it does not."""
     part = file.with_name(f".{file.name}.part-{os.getpid()}")
     try:
-        held = open(part, "w")
+        held = open(part, "w", encoding="utf-8")
     except OSError as e:
         raise UsageError(f"{file} cannot be written ({e.strerror})") from None
     try:

@@ -87,6 +87,8 @@ def conversation(line: bytes) -> list[dict]:
     found = strict_json.row(line)
     if not {"messages", "prompt"} & set(found):
         raise DataError('expected {"messages": [...]} or {"prompt": text}')
-    messages = found["messages"] if "messages" in found else [{"role": "user", "content": found["prompt"]}]
+    messages = found.get("messages")
+    if messages is None:
+        messages = [{"role": "user", "content": found.get("prompt")}]
     check_messages(messages)
     return messages

@@ -16,6 +16,7 @@ from smoljax.hf_config import parse_json
 NAMES = {"tokenizer.json": 32 << 20, "tokenizer_config.json": 8 << 20, "chat_template.jinja": 1 << 20}
 NAMES |= {"special_tokens_map.json": 1 << 20, "added_tokens.json": 8 << 20, "vocab.json": 16 << 20}
 NAMES |= {"merges.txt": 16 << 20, "generation_config.json": 1 << 20, "README.md": 8 << 20, "LICENSE": 1 << 20}
+PROSE = ("README.md", "LICENSE")  # which say nothing of what the model gives
 
 log = logging.getLogger("smoljax")
 

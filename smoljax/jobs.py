@@ -1,11 +1,14 @@
 """A batch job's output: a result for each row of prompts.py, in order, each once, whatever is killed in between.
 
-OUT.part-I-of-P    what process I of P has so far, in order: a job that is started again goes on behind its last line
+OUT.part-I-of-P    what process I of P has so far, in order: a job that is started again goes on behind its last line;
+                   OUT.part-I-of-P.done when it has all
 OUT.job            what the job is, so that no other one goes on in its place
-OUT                all of it, when the last process has ended
+OUT                all of it, when the last process has ended; then the parts go
+.OUT...lock        held by who writes a part, or what is common
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -19,7 +22,7 @@ from smoljax.errors import DataError, UsageError, require
 
 PATIENCE = 600  # s to wait for another process of the job
 # How many processes share a job, and which one this is. SLURM's are of a step, that is srun's: a batch script is none.
-LAUNCHERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+LAUNCHERS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))  # inner first
 
 
 def share(count: int | None, mine: int | None) -> tuple[int, int]:
@@ -84,22 +87,28 @@ class Job:
         folder = self.output.absolute().parent
         require(folder.is_dir(), f"--output {self.output}: there is no folder {folder}")
         require(not self.output.is_dir(), f"--output {self.output} is a folder; name a file in it")
-        held = f"{self.part} is being written by another process"
-        self.lock = atomic.lock(self.hidden(self.process), held)
-        self.lock.__enter__()
-        with waited(self.common, f"{self.output} is being begun by another process"):
-            self.check()
-        done = self.part.with_name(self.part.name + ".done")
-        self.complete = self.output.exists() or done.exists()
-        self.begin = self.last if self.complete else self.first + self.cut()
-        self.file = None if self.complete else open(self.part, "ab")
+        known = self.beside(".job").exists() or not self.output.exists()
+        require(known, f"{self.output} exists already; name a new file")
+        with contextlib.ExitStack() as stack:
+            held = f"{self.part} is being written by another process"
+            stack.enter_context(atomic.lock(self.hidden(self.process), held))
+            with waited(self.common, f"{self.output} is being begun by another process"):
+                self.check()
+                done = self.part.with_name(self.part.name + ".done")
+                self.complete = self.output.exists() or done.exists()
+                self.begin = self.last if self.complete else self.first + self.cut()
+                self.file = None if self.complete else open(self.part, "ab")
+            self.lock = stack.pop_all()
         return self
 
     def check(self):
         """The job in this place is this one, or there is none."""
         file, new = self.beside(".job"), json.loads(json.dumps(self.what))
         if not file.exists():
-            require(not self.output.exists(), f"{self.output} exists already; name a new file")
+            left = sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.part-*"))
+            require(
+                not left, f"{left and left[0]} is of a job whose {file.name} is gone; remove it, or name a new file"
+            )
             self.kept = {"begun": time.time()}
             self.save()
             return
@@ -107,7 +116,8 @@ class Job:
         changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         if changed:
             raise UsageError(
-                f"{self.output} is another job's ({'; '.join(changed)}); name a new file, or remove it and {file.name}"
+                f"{self.output} is another job's ({'; '.join(changed)}); name a new file, or remove {file.name} and "
+                f"{self.output.name}.part-*"
             )
 
     def load(self) -> dict:
@@ -116,8 +126,13 @@ class Job:
         try:
             found = json.loads(file.read_text())
             self.kept = dict(found.pop("kept"))
+            if not math.isfinite(self.kept["begun"]):
+                raise ValueError(self.kept)
         except (ValueError, TypeError, LookupError, AttributeError):
-            raise DataError(f"{file} is damaged, and says no more what {self.output} is; remove both") from None
+            raise DataError(
+                f"{file} is damaged, and says no more what {self.output} is; name a new file, or remove it and "
+                f"{self.output.name}.part-*"
+            ) from None
         return found
 
     def save(self):
@@ -183,7 +198,7 @@ def finite(value):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
-    return [finite(part) for part in value] if isinstance(value, list) else value
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

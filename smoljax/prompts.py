@@ -57,22 +57,27 @@ def converted(batch, begun: int) -> list[dict]:
     """Its rows, by themselves where one has what Python cannot hold: a date in the year 20,000, a text not in UTF-8."""
     import pyarrow
 
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        fine = getattr(column.type, "unit", None) != "ns"  # of which Python's own times would lose the end
-        columns[name] = column if fine else column.cast(pyarrow.string())
-    batch = pyarrow.RecordBatch.from_pydict(columns)
     kinds = (ValueError, OverflowError, pyarrow.ArrowException)
     try:
-        return batch.to_pylist()
+        return as_python(batch)
     except kinds:
         found = []
     for i in range(len(batch)):
         try:
-            found += batch.slice(i, 1).to_pylist()
+            found += as_python(batch.slice(i, 1))
         except kinds as e:
             found.append(NoRow(line=begun + i, error=said(e)))
     return found
+
+
+def as_python(batch) -> list[dict]:
+    """A column of times in nanoseconds, of which Python's own would lose the end, as texts."""
+    import pyarrow
+
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        columns[name] = column.cast(pyarrow.string()) if getattr(column.type, "unit", None) == "ns" else column
+    return pyarrow.RecordBatch.from_pydict(columns).to_pylist()
 
 
 def said(e: Exception) -> str:

@@ -38,13 +38,14 @@ def run(config, asked: str, out: str | None, verb="bench-train", parts=None, col
     words = "".join(c if c.isalnum() else " " for c in result["device"].partition("(")[0]).lower().split()
     file = Path(out or f"{verb}-{'-'.join(words)}.json")
     try:
-        file.write_text(json.dumps(result) + "\n")  # before anything is measured
+        file.open("a").close()  # before anything is measured; what is there stays until then
     except OSError as e:
         raise UsageError(f"{file} cannot be written ({e.strerror}); name another with --out") from None
     best = peaks()
     result |= best
     for part in parts:
         result[part] = []
+        file.write_text(json.dumps(result, indent=1) + "\n")
         for label, row in every[part](config):
             begun = time.perf_counter()
             try:

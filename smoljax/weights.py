@@ -139,8 +139,8 @@ def find(path: str | Path) -> Path:
 def digest(found: Weights) -> str:
     """Tells these weights and files from others, so that no job goes on with others; no protection from malice."""
     sums = [zlib.crc32(np.asarray(a).reshape(-1).view(np.uint8)) for a in jax.tree.leaves(found.model)]
-    sums += [zlib.crc32(found.files[name]) for name in sorted(found.files)]
-    return f"{zlib.crc32(repr((sums, sorted(found.files))).encode()):08x}"
+    files = {name: zlib.crc32(found.files[name]) for name in sorted(found.files) if name not in companions.PROSE}
+    return f"{zlib.crc32(repr((found.config, sums, files)).encode()):08x}"
 
 
 def check_tokenizer(found: Weights, shards: Shards):

@@ -480,3 +480,19 @@ def test_options_that_are_none(model):
         complete(model, [[1]], 2, temprature=1.0)
     with pytest.raises(UsageError, match="2 seeds for 1 prompts"):
         complete(model, [[1]], 2, seed=[1, 2])
+
+
+def test_places_without_a_request_hold_nothing_up():
+    """A row that cannot be is given on before those behind it are taken, however many come."""
+    taken = []
+
+    def requests():
+        for i in range(5000):
+            taken.append(i)
+            yield None
+        yield Request([1, 2], 2)
+
+    run = Engine(make(SHALLOW), 2, eos=()).run(requests())
+    assert next(run) == (0, None) and len(taken) == engine.PASSED
+    found = list(run)
+    assert [number for number, _ in found] == list(range(1, 5001)) and len(found[-1][1].tokens) == 2

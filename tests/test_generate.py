@@ -21,6 +21,7 @@ from test_model import CONFIG, make
 
 from infer import generate
 from smoljax import generation_config, hf, jobs, layout
+from smoljax.answers import Answers
 from smoljax.errors import DataError, UsageError, run
 from smoljax.generation import complete
 from smoljax.streaming import Text
@@ -173,14 +174,16 @@ ODD = [  # what a bad row has must not end the job, nor be taken for an answer
 ]
 
 
-@pytest.mark.parametrize("size", ["3", "30"])  # on several devices, on one
-def test_odd_rows(folder, tmp_path, capsys, monkeypatch, size):
+@pytest.mark.parametrize("devices", [1, 3])
+def test_odd_rows(folder, tmp_path, capsys, monkeypatch, devices):
     from smoljax import budget
 
+    those = jax.local_devices()[:devices]
+    monkeypatch.setattr(jax, "local_devices", lambda: those)
     monkeypatch.setattr(budget, "device_memory", lambda _: 12_000_000)  # less than a cache for 4,000 tokens
     good = [{"prompt": text, "seed": None, "max_new_tokens": None, "messages": None} for text in TEXTS]
     write(tmp_path / "in.jsonl", ["{", *ODD, *good, *[{"prompt": ""}] * 3000, *good])
-    args = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--batch-size", size, "--n", "2"]
+    args = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--batch-size", "3", "--n", "2"]
     assert run(generate.main, [str(folder), *args, "--max-new-tokens", "2", "--ignore-eos"]) == 3
     out = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert ["error" in row for row in out] == [True] * 9 + [False] * 4 + [True] * 3000 + [False] * 4
@@ -197,13 +200,16 @@ def test_an_end_in_the_middle_leaves_no_thread(folder, capsys, tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    write(tmp_path / "in.txt", TEXTS * 8)
+    taken, request = [], Answers.request
+    monkeypatch.setattr(Answers, "request", lambda self, row: taken.append(row) or request(self, row))
+    write(tmp_path / "in.txt", TEXTS * 500)
     args = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--batch-size", "4"]
     before = threading.active_count()
     with monkeypatch.context() as patch:
         patch.setattr(jobs.Job, "write", full)
         assert run(generate.main, [str(folder), *args, "--ignore-eos"]) == 1
     assert threading.active_count() == before and "No space left" in capsys.readouterr().err
+    assert len(taken) < 1000  # half of them: 8 devices, 4 at a time each
 
 
 def test_what_a_parquet_file_may_hold(folder, tmp_path, capsys):
@@ -215,13 +221,16 @@ def test_what_a_parquet_file_may_hold(folder, tmp_path, capsys):
         "at": pyarrow.array([1, 2, 3, 4], pyarrow.timestamp("ns")),
         "far": far,
         "share": pyarrow.array([1.0, 0.5, math.nan, math.inf]),
+        "shares": pyarrow.array([[("k", math.nan)]] * 4, pyarrow.map_(pyarrow.string(), pyarrow.float64())),
+        "max_new_tokens": pyarrow.array([2.0, None, None, None]),
     }
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "in.parquet")
     args = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
     assert run(generate.main, [str(folder), *args, "--ignore-eos"]) == 3
     out = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out").read_text().splitlines()]
     assert ["error" in row for row in out] == [False, True, False, False]
-    assert out[1]["line"] == 2 and "among messages" not in out[1]["error"] and out[0]["at"].endswith(".000000001")
+    assert out[1].keys() == {"line", "error"} and out[1]["line"] == 2 and out[0]["at"].endswith(".000000001")
+    assert out[2]["shares"] == [["k", None]]
     assert "text" in out[0] and out[2]["share"] is None is out[3]["share"] and out[2]["seed"] == 3
     for content, sentence in [({"prompt": pyarrow.array([], pyarrow.string())}, "holds no rows"), (None, "no sound")]:
         if content:
@@ -243,6 +252,13 @@ def test_another_model_in_the_same_place_is_another_job(folder, tmp_path, capsys
         generate.main(args)
     (place / "generation_config.json").write_bytes(own)
     assert generate.main(args) == 0
+    (place / "README.md").write_text("of no weight")
+    config = (place / "config.json").read_text()
+    (place / "config.json").write_text(config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-04'))
+    with pytest.raises(UsageError, match="is another job's .weights was '[0-9a-f]+', is"):
+        generate.main(args)
+    (place / "config.json").write_text(config)
+    assert generate.main(args) == 0
     other = jax.tree.map(lambda w: w * 2, make())
     shutil.rmtree(place)
     hf.save(place, other, CONFIG, tokenizer=folder)
@@ -252,6 +268,10 @@ def test_another_model_in_the_same_place_is_another_job(folder, tmp_path, capsys
         (tmp_path / "out.job").write_text(damaged)
         with pytest.raises(DataError, match="out.job is damaged"):
             generate.main(args)
+    (tmp_path / "out").rename(tmp_path / "out.part-1-of-1")
+    (tmp_path / "out.job").unlink()
+    with pytest.raises(UsageError, match="out.part-1-of-1 is of a job whose out.job is gone"):
+        generate.main(args)
 
 
 def test_a_job_that_goes_on_is_laid_out_as_it_was(folder, tmp_path, capsys, monkeypatch):
