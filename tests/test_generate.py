@@ -16,6 +16,7 @@ import jax
 import pyarrow
 import pyarrow.parquet
 import pytest
+from launch import fake_devices
 from test_hf import train_tokenizer
 from test_model import CONFIG, make
 
@@ -42,6 +43,13 @@ def words(folder):
     from smoljax import load_tokenizer
 
     return load_tokenizer(folder)
+
+
+@pytest.fixture
+def few_devices(monkeypatch):
+    """So many are there: each compiles programs of its own."""
+    those = jax.local_devices()
+    return lambda count: monkeypatch.setattr(jax, "local_devices", lambda **_: those[:count])
 
 
 def answers(folder, capsys, *args) -> list[dict]:
@@ -175,11 +183,10 @@ ODD = [  # what a bad row has must not end the job, nor be taken for an answer
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_odd_rows(folder, tmp_path, capsys, monkeypatch, devices):
+def test_odd_rows(folder, tmp_path, capsys, monkeypatch, few_devices, devices):
     from smoljax import budget
 
-    those = jax.local_devices()[:devices]
-    monkeypatch.setattr(jax, "local_devices", lambda: those)
+    few_devices(devices)
     monkeypatch.setattr(budget, "device_memory", lambda _: 12_000_000)  # less than a cache for 4,000 tokens
     good = [{"prompt": text, "seed": None, "max_new_tokens": None, "messages": None} for text in TEXTS]
     write(tmp_path / "in.jsonl", ["{", *ODD, *good, *[{"prompt": ""}] * 3000, *good])
@@ -196,10 +203,11 @@ def test_odd_rows(folder, tmp_path, capsys, monkeypatch, devices):
     assert all(len(sample["tokens"]) == 2 for row in out[9:13] for sample in row["samples"])
 
 
-def test_an_end_in_the_middle_leaves_no_thread(folder, capsys, tmp_path, monkeypatch):
+def test_an_end_in_the_middle_leaves_no_thread(folder, capsys, tmp_path, monkeypatch, few_devices):
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    few_devices(2)
     taken, request = [], Answers.request
     monkeypatch.setattr(Answers, "request", lambda self, row: taken.append(row) or request(self, row))
     write(tmp_path / "in.txt", TEXTS * 500)
@@ -209,7 +217,7 @@ def test_an_end_in_the_middle_leaves_no_thread(folder, capsys, tmp_path, monkeyp
         patch.setattr(jobs.Job, "write", full)
         assert run(generate.main, [str(folder), *args, "--ignore-eos"]) == 1
     assert threading.active_count() == before and "No space left" in capsys.readouterr().err
-    assert len(taken) < 1000  # half of them: 8 devices, 4 at a time each
+    assert len(taken) < 1000  # half of them: 2 devices, 4 at a time each
 
 
 def test_what_a_parquet_file_may_hold(folder, tmp_path, capsys):
@@ -342,13 +350,15 @@ def dying_generate(rows: int, argv):
     generate.main(argv)
 
 
-def test_killed_at_any_moment(folder, launcher, tmp_path, capsys):
+def test_killed_at_any_moment(folder, launcher, tmp_path, capsys, few_devices):
     """kill -9, and the same command: each row once, in order, as uninterrupted."""
+    few_devices(1)
     write(tmp_path / "in.jsonl", [{"prompt": TEXTS[i % 4] * (1 + i % 9), "max_new_tokens": 12} for i in range(60)])
     argv = [str(folder), "--input", str(tmp_path / "in.jsonl"), "--ignore-eos", "--batch-size", "30", "--output"]
     assert generate.main([*argv, str(tmp_path / "whole")]) == 0
     for rows, done in ((0, 0), (19, 19), (20, 39)):  # of its own, and in all
-        process = launcher.call("test_generate:dying_generate", rows, [*argv, str(tmp_path / "killed")])
+        argv_there = [*argv, str(tmp_path / "killed")]
+        process = launcher.call("test_generate:dying_generate", rows, argv_there, env=fake_devices(1))
         assert process.code == -signal.SIGKILL, process.err
         left = (tmp_path / "killed.part-1-of-1").read_bytes()
         assert left.count(b"\n") == done and not left.endswith(b"\n") and not (tmp_path / "killed").exists()
