@@ -175,7 +175,7 @@ def drawn(model, n: int, scale: float = 1.0):
     return jax.tree.unflatten(tree, [scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
-@pytest.mark.parametrize("on", ["all", "matrices"])
+@pytest.mark.parametrize("on", ["all", pytest.param("matrices", marks=pytest.mark.slow)])
 def test_muon_is_numpys_layer_by_layer_and_the_rest_is_adamws(on):
     """Four updates: clip, momentum, each layer's matrix orthogonalised on its own, shape, decay, the schedule."""
     o = Optim(lr=1e-2, warmup_steps=2, decay_steps=1, weight_decay=0.1, weight_decay_on=on, kind="muon")
@@ -360,7 +360,7 @@ def batch(n: int) -> dict:
     return {"tokens": tokens[:, :-1], "labels": jnp.where(counted, tokens[:, 1:], IGNORE)}
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("accumulate", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 12))])
 def test_accumulation_is_one_big_batch(accumulate):
     one, one_metrics = train(1)
     many, many_metrics = train(accumulate)
