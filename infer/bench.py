@@ -25,9 +25,13 @@ from smoljax.errors import require, run
 from smoljax.settings import meant
 
 DTYPES = ("float32", "bfloat16", "int8", "int8-embedding")
-USUAL = {"batch": 1, "prompt_tokens": 64, "new_tokens": 128, "drafts": 0, "windows": 5}
-HELP = {"batch": "rows at a time", "prompt_tokens": "of each row", "new_tokens": "of each row"}
-HELP |= {"drafts": "tokens a round, looked up and checked", "windows": "timed runs, the median counts"}
+COUNTS = {  # what --suite has of its own: the default, the least, the help
+    "batch": (1, 1, "rows at a time"),
+    "prompt_tokens": (64, 1, "of each row"),
+    "new_tokens": (128, 1, "of each row"),
+    "drafts": (0, 0, "tokens a round, looked up and checked"),
+    "windows": (5, 1, "timed runs, the median counts"),
+}
 MODULE, INSTALL = "node_modules/node-llama-cpp", "npm install --ignore-scripts node-llama-cpp@3.22.1"
 
 
@@ -41,9 +45,8 @@ def main(argv=None) -> int:
         default="smollm2-135m",
         help=f"random weights of a size ({', '.join(SIZES)}; default: smollm2-135m), or a MODEL: a run, a folder, ...",
     )
-    for name, default in USUAL.items():
-        flag, what = f"--{name.replace('_', '-')}", HELP[name]
-        parser.add_argument(flag, type=int, metavar="N", help=f"{what} (default: {default})")
+    for name, (default, _, what) in COUNTS.items():
+        parser.add_argument(flag(name), type=int, metavar="N", help=f"{what} (default: {default})")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -104,19 +107,23 @@ def main(argv=None) -> int:
     return 0
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def check(args):
-    """Flags that cannot be; those of USUAL that are not given get their values."""
+    """Flags that cannot be; those of COUNTS that are not given get their defaults."""
     require(not (args.against and args.suite), "--against, --suite: one of them")
     require(args.suite != "", "--suite '' has no part; leave the '' out for all")
     require(args.suite or not args.out, "--out is for --suite; else --json prints the result")
-    for name in ("dtype", "cache", "json", *USUAL):
-        given, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+    for name in ("dtype", "cache", "json", *COUNTS):
+        given = getattr(args, name)
         fine = not args.suite or given is None or given is False
-        require(fine, f"{flag} is not for --suite, which has rows of its own and writes JSON to --out")
-        if name in USUAL:
-            least = 0 if name == "drafts" else 1
-            require(given is None or given >= least, f"{flag} is {given}, expected at least {least}")
-            setattr(args, name, USUAL[name] if given is None else given)
+        require(fine, f"{flag(name)} is not for --suite, which has rows of its own and writes JSON to --out")
+    for name, (default, least, _) in COUNTS.items():
+        given = getattr(args, name)
+        require(given is None or given >= least, f"{flag(name)} is {given}, expected at least {least}")
+        setattr(args, name, default if given is None else given)
     require(args.drafts <= 16, f"--drafts is {args.drafts}, expected at most 16")
 
 

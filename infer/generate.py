@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--batch-size", type=int, metavar="B", help="rows at a time, on each device (8 on a CPU, else 64)")
     b.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round that are guessed, and checked")
     b.add_argument("--draft", metavar="MODEL", help="a small model that guesses (default: what stood there before)")
-    b.add_argument("--num-processes", type=int, metavar="N", help="that share the job (default: SLURM's or Open MPI's)")
+    b.add_argument("--num-processes", type=int, metavar="N", help="that share the job (default: srun's or Open MPI's)")
     b.add_argument("--process-id", type=int, metavar="I", help="which one this is: 0 ... N-1")
     return p
 
@@ -128,7 +128,7 @@ def main(argv=None) -> int:
             held.enter_context(answers)
             if not work:
                 return few(answers, rows, args)
-            do(answers, work)
+            answer_all(answers, work)
     return joined(work)
 
 
@@ -193,7 +193,7 @@ def say(text: str):
     print(text, end="", flush=True)
 
 
-def do(answers, work: jobs.Job):
+def answer_all(answers, work: jobs.Job):
     """A file's rows, from the first that is not done."""
     from smoljax.progress import Progress
 

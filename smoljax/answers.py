@@ -125,9 +125,8 @@ class Answers:
             ids = self.words.encode(text).ids
             require(bool(ids), f"the prompt is {text!r}, which has no tokens; give some text")
         own = {name: given[name] for name in ("max_new_tokens", "seed") if given.get(name) is not None}
-        own = {
-            name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in own.items()
-        }  # as pandas has it
+        # Of whole numbers, some of them missing, pandas makes floats.
+        own = {name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in own.items()}
         wanted = Request(ids, **{"max_new_tokens": self.max_new_tokens, "seed": self.seed} | own)
         seed, most = wanted.seed, 2**32 - self.n
         fine = type(seed) is int and 0 <= seed <= most
