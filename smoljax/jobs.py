@@ -116,8 +116,8 @@ class Job:
         changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         if changed:
             raise UsageError(
-                f"{self.output} is another job's ({'; '.join(changed)}); name a new file, or remove {file.name} and "
-                f"{self.output.name}.part-*"
+                f"{self.output} is another job's ({'; '.join(changed)}); name a new file, or remove what there "
+                f"is of {self.output.name}, {file.name} and {self.output.name}.part-*"
             )
 
     def load(self) -> dict:
@@ -130,8 +130,8 @@ class Job:
                 raise ValueError(self.kept)
         except (ValueError, TypeError, LookupError, AttributeError):
             raise DataError(
-                f"{file} is damaged, and says no more what {self.output} is; name a new file, or remove it and "
-                f"{self.output.name}.part-*"
+                f"{file} is damaged, and says no more what {self.output} is; name a new file, or remove what there is "
+                f"of {self.output.name}, {file.name} and {self.output.name}.part-*"
             ) from None
         return found
 
