@@ -60,9 +60,10 @@ def duel(
 
     `speedup` is ours, at `dtype` and `cache`, over transformers' at the same precision, or at the device's usual one
     where ours is int8. `speedup_best` is our fastest over their fastest, of those listed. Both are medians of the
-    ratios of whole runs beside each other, prompt included; `..._decode` of decoding alone; `..._cpu_seconds` of CPU
-    seconds, for the best with each side's own least. A peer that fails under torch.compile is said on stderr and left
-    out; on a CPU each takes the number of threads that is fastest for it, and `load` says who else was at work before.
+    ratios of whole runs beside each other, prompt included; `..._decode` of decoding alone, where figures() sees it;
+    `..._cpu_seconds` of CPU seconds, for the best with each side's own least. A peer that fails under torch.compile is
+    said on stderr and left out; on a CPU each takes the number of threads that is fastest for it, and `load` says who
+    else was at work before.
     `tokens_agree`: how many leading tokens are transformers' in f32, in the row that differs first.
     """
     load, cores = loaded(), len(os.sched_getaffinity(0))
@@ -147,9 +148,9 @@ def ratios(taken: dict, found: dict, ours: dict, theirs: dict, asked: str, again
         "best_dtype": fastest.removeprefix("smoljax "),
         "best_against": rival,
     }
-    if len(taken[asked][0][3][0]) > 1:  # new tokens
-        result["speedup_decode"] = ratio(against, asked, alone)
-        result["speedup_best_decode"] = ratio(rival, fastest, alone)
+    for name, their, our in (("speedup_decode", against, asked), ("speedup_best_decode", rival, fastest)):
+        if all("decode_tokens_per_s" in found[side] for side in (their, our)):
+            result[name] = ratio(their, our, alone)
     return result
 
 

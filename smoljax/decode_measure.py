@@ -81,9 +81,9 @@ def figures(windows: list, batch: int, prompt_tokens: int, new_tokens: int) -> d
     """Medians of windows. `tokens_per_s` is of whole runs, `decode_tokens_per_s` of decoding alone."""
     first, wall, cpu = (statistics.median(w[i] for w in windows) for i in range(3))
     found = {"tokens_per_s": batch * new_tokens / wall, "wall_s": wall}
-    decoding = statistics.median(w[1] - w[0] for w in windows)
-    if new_tokens > 1 and decoding > 0:  # else it is too short to be told from the prompt
-        found["decode_tokens_per_s"] = batch * (new_tokens - 1) / decoding
+    decoding = [w[1] - w[0] for w in windows]
+    if new_tokens > 1 and min(decoding) > 0:  # else it is too short to be told from the prompt
+        found["decode_tokens_per_s"] = batch * (new_tokens - 1) / statistics.median(decoding)
     found |= {"prefill_s": first, "prefill_tokens_per_s": batch * prompt_tokens / first}
     return found | {"cpu_s_per_token": cpu / (batch * new_tokens)}
 

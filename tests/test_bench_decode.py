@@ -129,7 +129,8 @@ def test_the_duel_is_one_generation_on_both_sides(peer, capsys):
     assert f"smoljax {result['best_dtype']}" == min(ours, key=lambda name: result[name]["wall_s"])
     assert result["best_against"] == min(theirs, key=lambda name: result[name]["wall_s"])
     speedups = {name for name in result if name.startswith("speedup")}
-    assert len(speedups) == 6 and all(result[name] > 0 for name in speedups if "decode" not in name)  # too short
+    whole = {"speedup", "speedup_best", "speedup_cpu_seconds", "speedup_best_cpu_seconds"}
+    assert whole <= speedups and all(result[name] > 0 for name in speedups)
     assert {"torch", "transformers"} == result["peer_versions"].keys()
     assert all(result[name]["cpu_s_per_token"] > 0 for name in (*ours, *theirs))
 
@@ -147,6 +148,19 @@ def test_another_model_is_no_duel(peer, capsys, monkeypatch):
     assert run(main, [*ARGS, "--against", "transformers", *TINY]) == 1
     err = capsys.readouterr().err
     assert "in float32" in err and "transformers'" in err and "this is not the same generation" in err
+
+
+def test_decoding_is_compared_where_its_time_was_seen():
+    """By hand, in windows of (prompt's seconds, all seconds, CPU seconds, ids)."""
+    taken = {"ours": [(1, 3, 2, []), (1, 2, 2, [])], "theirs": [(1, 5, 3, []), (1, 7, 3, [])]}
+
+    def found():
+        taken_for = {name: decode_measure.figures(parts, 1, 8, 4) for name, parts in taken.items()}
+        return decode_duel.ratios(taken, taken_for, {"ours": None}, {"theirs": None}, "ours", "theirs")
+
+    assert found()["speedup"] == (5 / 3 + 7 / 2) / 2 and found()["speedup_decode"] == (4 / 2 + 6 / 1) / 2
+    taken["ours"][1] = (3, 2, 2, [])
+    assert "speedup" in found() and not {"speedup_decode", "speedup_best_decode"} & found().keys()
 
 
 def test_how_many_tokens_are_the_same():
