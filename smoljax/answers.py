@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 import jax
 
 from smoljax import chat, engine
-from smoljax.engine import Completion, Engine, Request
+from smoljax.engine import Engine
 from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.prompts import NoRow
+from smoljax.request import Completion, Request, check
 from smoljax.streaming import Text
 from smoljax.template import Template, check_messages
 from smoljax.weights import Weights
@@ -131,7 +132,7 @@ class Answers:
         seed, most = wanted.seed, 2**32 - self.n
         fine = type(seed) is int and 0 <= seed <= most
         require(fine, f"the seed is {seed!r:.60}, expected a whole number from 0 to {most}")
-        engine.check(self.config, wanted, "the prompt")
+        check(self.config, wanted, "the prompt")
         self.engines[0].check_memory(engine.bucket(len(ids) + wanted.max_new_tokens, 256))
         texts = [Text(self.words, self.stop, self.say) for _ in range(self.n)]
         return Row(given, ids, texts, [None] * self.n), wanted

@@ -18,9 +18,10 @@ from smoljax import exchange, hf
 from smoljax.config import Compute
 from smoljax.decode_measure import Generation, arithmetic, figures, random_prompts, served, usual, window
 from smoljax.duel import Peer
-from smoljax.engine import Engine, Request
+from smoljax.engine import Engine
 from smoljax.errors import Error
 from smoljax.model import SmolLM
+from smoljax.request import Request
 from smoljax.sampling import Sampling
 
 ALIKE = 8  # new tokens of each row that must be transformers' own, in f32

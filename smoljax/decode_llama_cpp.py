@@ -18,9 +18,10 @@ from smoljax.config import Compute
 from smoljax.decode_duel import Side, generations, in_turn, leading, loaded, named, ratios
 from smoljax.decode_measure import Generation, random_prompts
 from smoljax.duel import Peer
-from smoljax.engine import Engine, Request
+from smoljax.engine import Engine
 from smoljax.errors import require
 from smoljax.model import SmolLM
+from smoljax.request import Request
 from smoljax.sampling import Sampling
 
 PEER = "llama.cpp Q8_0"

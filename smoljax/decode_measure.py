@@ -19,10 +19,11 @@ from flax import nnx
 
 from smoljax import decode, metrics
 from smoljax.config import Compute, Model
-from smoljax.engine import Engine, Request, bucket
+from smoljax.engine import Engine, bucket
 from smoljax.layout import Served, lay_out
 from smoljax.model import SmolLM
 from smoljax.quantize import quantize
+from smoljax.request import Request
 
 DTYPES = ("float32", "bfloat16", "int8", "int8-embedding")
 

@@ -6,8 +6,9 @@ from dataclasses import fields
 
 import numpy as np
 
-from smoljax.engine import Completion, Engine, Request, check, whole
+from smoljax.engine import Engine
 from smoljax.errors import UsageError, require
+from smoljax.request import Completion, Request, check, whole
 from smoljax.sampling import Sampling
 from smoljax.settings import meant
 

@@ -14,11 +14,12 @@ from test_model import forward, make
 
 from smoljax import decode, engine
 from smoljax.config import Compute, Model
-from smoljax.engine import LONGEST, Completion, Engine, Request, bucket
+from smoljax.engine import LONGEST, Engine, bucket
 from smoljax.errors import DataError, UsageError
 from smoljax.generation import complete
 from smoljax.layout import lay_out
 from smoljax.quantize import quantize
+from smoljax.request import Completion, Request
 from smoljax.sampling import Sampling
 
 TINY = Model(32, 64, 2, 4, 2, 8, vocab_size=64, max_position_embeddings=4096, rope_theta=1e5, eos_token_id=None)
