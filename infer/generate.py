@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--n", type=int, default=1, metavar="N", help="samples a prompt, by seeds SEED ... SEED + N - 1")
     a.add_argument("--logprobs", type=int, metavar="N", help="of each token, and of the N likeliest; with --json")
     a.add_argument("--prompt-logprobs", action="store_true", default=None, help="... of the prompt's tokens, too")
-    a.add_argument("--no-generation-config", action="store_true", help="leave the model's own settings aside")
+    a.add_argument("--no-generation-config", action="store_true", help="leave what it says of sampling aside")
     b = p.add_argument_group("how to run")
     b.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
     b.add_argument("--int8", action="store_true", help="weights in int8; a folder that is in int8 needs no flag")
@@ -89,7 +89,7 @@ def main(argv=None) -> int:
     check_sampling(flags, bias)
     rows = [{"prompt": text} for text in args.prompt]
     if args.messages:
-        rows = [{"messages": messages} for messages in chat.read_messages(args.messages)]
+        rows = list(chat.read_messages(args.messages))
         require(bool(rows), f"{args.messages} holds no conversation; give one a line")
     if args.input:
         prompts.count(Path(args.input))
@@ -103,6 +103,7 @@ def main(argv=None) -> int:
     own = {name: settings.pop(name, default) for name, default in (("stop_strings", ()), ("max_new_tokens", 64))}
     stop, limit = tuple(args.stop or own["stop_strings"]), args.max_new_tokens or own["max_new_tokens"]
     how = Sampling(**settings | {"logit_bias": bias})
+    require(args.n == 1 or how.temperature > 0, f"--n {args.n} samples are one at temperature 0; give --temperature")
     if args.eos:
         eos = tuple(args.eos)
     else:
@@ -118,6 +119,7 @@ def main(argv=None) -> int:
                 loaded,
                 engines(args, loaded, how, eos, len(rows), work),
                 conversations=conversations,
+                chat=args.chat,
                 system=args.system,
                 max_new_tokens=limit,
                 seed=args.seed,
@@ -252,8 +254,9 @@ def check(args):
     require(bool(args.input) == bool(args.output), "--input and --output go together")
     alone = args.num_processes is None and args.process_id is None
     require(alone or bool(args.input), "--num-processes and --process-id are for --input")
-    require(not args.system or args.chat, "--system is for --chat")
-    require(not (args.system and args.messages), "--system goes before prompts, and --messages has conversations")
+    require(args.system is None or args.chat, "--system is for --chat")
+    alone = args.system is None or not args.messages
+    require(alone, "--system goes before prompts, and --messages has conversations")
     require(
         args.max_new_tokens is None or args.max_new_tokens >= 1,
         f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more",

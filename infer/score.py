@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL", help="a run, a Hugging Face folder, a .gguf, a fetched or a hub name, ...")
     p.add_argument("--input", required=True, metavar="FILE", help="rows, in JSON lines")
-    p.add_argument("--output", metavar="FILE", help="of the results; default: stdout")
+    p.add_argument("--output", metavar="FILE", help="of the results, replaced when all are there; default: stdout")
     p.add_argument(
         "--batch-size", type=int, metavar="B", help="rows at a time (default: 8192 tokens on a device, 2048 on a CPU)"
     )
@@ -66,7 +66,7 @@ def main(argv=None) -> int:
     longest = args.seq_len or found.config.max_position_embeddings
     if longest > found.config.max_position_embeddings:
         positions = found.config.max_position_embeddings
-        print(f"--seq-len {longest} is beyond the model's {positions} positions", file=sys.stderr)
+        print(f"smoljax: --seq-len {longest} is beyond the model's {positions} positions", file=sys.stderr)
     compute, mesh = Compute(dtype=args.dtype, loss_chunk=score.COMPUTE.loss_chunk), sharding.mesh(Mesh())
     model = jax.device_put(found.model, sharding.shardings(found.model, mesh))
     sums, first, begun = Counter(), None, time.perf_counter()

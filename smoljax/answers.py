@@ -13,8 +13,8 @@ from smoljax import chat, engine
 from smoljax.engine import Engine
 from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.prompts import NoRow
-from smoljax.request import Completion, Request, check
-from smoljax.streaming import Text
+from smoljax.request import Completion, Request, checked
+from smoljax.streaming import HALF, Text
 from smoljax.template import Template, check_messages
 from smoljax.weights import Weights
 
@@ -38,7 +38,7 @@ class Answers:
       loaded: the model with its tokenizer and the files beside it.
       engines: of that model, one a device.
       conversations: rows are messages for the chat template; else plain prompts.
-      system: a message before each prompt that is made a conversation.
+      chat: prompts are made such conversations. `system`: a message before each of them.
       max_new_tokens, seed: for rows that have none of their own.
       n: samples of each row, by seeds seed ... seed + n - 1.
       stop: strings that end a row, and are not part of it.
@@ -51,6 +51,7 @@ class Answers:
         engines: list[Engine],
         *,
         conversations: bool = False,
+        chat: bool = False,
         system: str | None = None,
         max_new_tokens: int = 64,
         seed: int = 0,
@@ -58,11 +59,13 @@ class Answers:
         stop: tuple[str, ...] = (),
         say: Callable[[str], None] | None = None,
     ):
+        half = [text for text in stop if HALF in text]
+        require(not half, f"the stop string {half and half[0]!r} has U+FFFD, half a character; leave that out")
         self.words, self.config, self.engines = loaded.tokenizer, loaded.config, engines
-        self.conversations, self.system, self.max_new_tokens = conversations, system, max_new_tokens
-        self.seed, self.n, self.stop, self.say = seed, n, stop, say
+        self.conversations, self.chat, self.system = conversations or chat, chat, system
+        self.max_new_tokens, self.seed, self.n, self.stop, self.say = max_new_tokens, seed, n, stop, say
         self.stack = contextlib.ExitStack()
-        self.template = self.stack.enter_context(template(loaded)) if conversations else None
+        self.template = self.stack.enter_context(template(loaded)) if self.conversations else None
 
     def at(self, now: float):
         """The time that a chat template is told, seconds since 1970: of a job that goes on, when it began."""
@@ -119,6 +122,8 @@ class Answers:
         require(not taken, f"it has the keys {taken}, which are the answer's; rename them")
         if self.conversations:
             ids = chat.encode(self.words, self.template.render(self.messages(given)))
+            if not ids:
+                raise DataError(f"{self.template.name} gives no text for it")
         else:
             if given.get("messages") is not None:
                 raise UsageError("it has messages, among prompts; give --chat, or files of one kind")
@@ -132,15 +137,20 @@ class Answers:
         seed, most = wanted.seed, 2**32 - self.n
         fine = type(seed) is int and 0 <= seed <= most
         require(fine, f"the seed is {seed!r:.60}, expected a whole number from 0 to {most}")
-        check(self.config, wanted, "the prompt")
+        wanted = checked(self.config, wanted, "the prompt")
         self.engines[0].check_memory(engine.bucket(len(ids) + wanted.max_new_tokens, 256))
         texts = [Text(self.words, self.stop, self.say) for _ in range(self.n)]
         return Row(given, ids, texts, [None] * self.n), wanted
 
     def messages(self, given: dict) -> list[dict]:
-        system, found = [{"role": "system", "content": self.system}] if self.system else [], given.get("messages")
-        require(found is None or not system, "it has messages of its own, and --system goes before prompts alone")
-        found = [*system, {"role": "user", "content": prompt(given)}] if found is None else found
+        found = given.get("messages")
+        if found is None:
+            text = prompt(given)
+            require(self.chat, "it has a prompt, among messages; give --chat, or files of one kind")
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            found = [*system, {"role": "user", "content": text}]
+        else:
+            require(self.system is None, "it has messages of its own, and --system goes before prompts alone")
         check_messages(found)
         return found
 

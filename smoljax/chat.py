@@ -64,8 +64,8 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def read_messages(file: str | Path) -> Iterator[list[dict]]:
-    """The conversations of a JSONL file: lines of {"messages": [...]}, or {"prompt": text} for a user's one message."""
+def read_messages(file: str | Path) -> Iterator[dict]:
+    """The rows of a JSONL file, each with "messages": where a row has none, its "prompt" is a user's one message."""
     with contextlib.ExitStack() as stack:
         try:
             lines = stack.enter_context(open(file, "rb"))
@@ -81,7 +81,7 @@ def read_messages(file: str | Path) -> Iterator[list[dict]]:
                 raise DataError(f"{file} line {number}: {e}") from None
 
 
-def conversation(line: bytes) -> list[dict]:
+def conversation(line: bytes) -> dict:
     if len(line) > TEXT_LIMIT:
         raise DataError(f"more than {TEXT_LIMIT:,} bytes, expected at most that for a conversation")
     found = strict_json.row(line)
@@ -91,4 +91,4 @@ def conversation(line: bytes) -> list[dict]:
     if messages is None:
         messages = [{"role": "user", "content": found.get("prompt")}]
     check_messages(messages)
-    return messages
+    return found | {"messages": messages}

@@ -4,7 +4,8 @@ Each slot writes keys and values at its own places: a token overwrites what an e
 no place after its own. So a row's tokens depend on its prompt and seed alone, not on the batch that it is in.
 
 A round feeds each row's last token and k drafts of what may follow (speculate.py; none where k = 0), and takes the
-model's own choices for as long as the drafts were those: with drafts or without, the same tokens. Next: engine.py.
+model's own choices for as long as the drafts were those: with drafts or without, the same tokens. (A product of another
+shape rounds otherwise, which may turn a near tie in bf16.) Next: engine.py.
 """
 
 import functools

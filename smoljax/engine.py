@@ -11,9 +11,9 @@ import numpy as np
 
 from smoljax import budget, decode
 from smoljax.config import Compute
-from smoljax.errors import require
+from smoljax.errors import require, whole
 from smoljax.layout import Served, lay_out
-from smoljax.request import Completion, Request, Row, at, check, whole
+from smoljax.request import Completion, Request, Row, at, checked
 from smoljax.sampling import Sampling
 
 LONGEST = 512  # tokens of a prompt that are read at a time: scores of all heads against 8,192 places are 150 MB
@@ -28,7 +28,7 @@ class Engine:
       model: a SmolLM, or one laid out.
       slots: rows at a time.
       sampling, eos: of all rows; eos None is the model's own, () never stops.
-      compute: its dtype alone matters here.
+      compute: its dtype alone matters here; of a model laid out it is that one's.
       cache: dtype of keys and values, or int8; by default compute's, on a CPU float32.
       drafts: tokens a round that are guessed and checked: by looking up, or by the small model `draft`.
       rounds: that the device computes between two looks of the host.
@@ -42,7 +42,7 @@ class Engine:
         *,
         sampling: Sampling = Sampling(),
         eos: int | Iterable[int] | None = None,
-        compute: Compute = Compute(),
+        compute: Compute | None = None,
         cache: str | None = None,
         drafts: int = 0,
         draft=None,
@@ -54,8 +54,11 @@ class Engine:
         require(type(drafts) is int and 0 <= drafts <= 16, f"drafts is {drafts}, expected 0 to 16 tokens a round")
         require(cache in (None, "int8", "float32", "bfloat16"), f"cache is {cache!r}, expected int8 or a dtype")
         require(draft is None or drafts > 0, "a draft model needs drafts, the tokens that it guesses a round: try 4")
-        dtype = compute.dtype
-        self.model = model if isinstance(model, Served) else lay_out(model, dtype, slots * (1 + drafts))
+        laid = isinstance(model, Served)
+        dtype = (compute or (model if laid else Compute())).dtype
+        same = not laid or dtype == model.dtype
+        require(same, f"compute.dtype is {dtype}, and the model is laid out in {laid and model.dtype}; leave it out")
+        self.model = model if laid else lay_out(model, dtype, slots * (1 + drafts))
         self.config, self.slots, self.sampling, self.drafts = self.model.config, slots, sampling, drafts
         if draft is not None:
             same = draft.config.vocab_size == self.config.vocab_size
@@ -68,24 +71,31 @@ class Engine:
         self.eos = ids(self.config.eos_token_id if eos is None else eos)
         for id in (*self.eos, *(id for id, _ in sampling.logit_bias)):
             V = self.config.vocab_size
-            require(0 <= id < V, f"token id {id} (eos or logit_bias) is not below the model's {V}")
+            require(0 <= id < V, f"token id {id} (eos or logit_bias) is none of the model's, 0 to {V - 1}")
         on_cpu = jax.default_backend() == "cpu"
         self.rounds = rounds or (8 if on_cpu else 32)
         self.budget = 512 if on_cpu else 8192  # tokens of prompts that are read at a time
         self.stopped = False  # by another thread: then a run ends behind its next rounds
+        self.at_work = False
 
     def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion | None]]:
         """(the request's number, what it gave), as rows end. Requests are checked, and taken, as slots come free.
 
-        None in place of a request, which could not be made, gives None: so that nobody waits for it.
+        None in place of a request, which could not be made, gives None: so that nobody waits for it. One run at a time:
+        a second one before the first has ended, or is closed, is a UsageError.
         """
+        require(not self.at_work, "this engine is at work; end its run, or make another engine")
+        self.at_work = True
         self.state, self.rows, self.places = None, [None] * self.slots, 0
         self.waiting, self.source, self.passed = [], enumerate(requests), []
-        while not self.stopped and self.fill():
-            yield from self.finished()
-            if any(self.rows):
-                self.advance()
+        try:
+            while not self.stopped and self.fill():
                 yield from self.finished()
+                if any(self.rows):
+                    self.advance()
+                    yield from self.finished()
+        finally:
+            self.at_work = False
 
     def finished(self):
         yield from ((number, None) for number in self.passed)
@@ -105,8 +115,10 @@ class Engine:
             if request is None:
                 self.passed.append(number)
                 continue
+            given = isinstance(request, Request)
+            require(given, f"prompt {number + 1} is {request!r:.60}, expected a Request")
             row = Row(number, request)
-            check(self.config, request, row.name)
+            row.request = checked(self.config, request, row.name)
             self.waiting.append(row)
         while free and self.waiting:
             first = self.waiting[0]

@@ -9,6 +9,7 @@ is our bug and keeps its traceback.
 
 import errno
 import io
+import operator
 import os
 import sys
 
@@ -44,6 +45,26 @@ def require(ok: bool, sentence: str):
     """A setting that cannot be is a UsageError with this sentence."""
     if not ok:
         raise UsageError(sentence)
+
+
+def whole(value, name: str) -> int:
+    """A setting that is a whole number of any library's, as Python's own."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise UsageError(f"{name} is {value!r:.60}, expected a whole number")
+
+
+def number(value, name: str) -> float:
+    """A setting that is a number of any library's, as Python's own."""
+    try:
+        if not isinstance(value, bool | str | bytes):
+            return float(value)
+    except TypeError:
+        pass
+    raise UsageError(f"{name} is {value!r:.60}, expected a number")
 
 
 def run(main, argv=None) -> int:

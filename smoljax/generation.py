@@ -1,14 +1,13 @@
 """`generate` and `complete`: a few prompts through one engine, as a library has it."""
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 import numpy as np
 
 from smoljax.engine import Engine
-from smoljax.errors import UsageError, require
-from smoljax.request import Completion, Request, check, whole
+from smoljax.errors import require, whole
+from smoljax.request import Completion, Request, as_ids, checked
 from smoljax.sampling import Sampling
 from smoljax.settings import meant
 
@@ -26,11 +25,14 @@ def generate(
     `complete` says what the options are, and why each row ended. A text is without special tokens.
     """
     require(not isinstance(prompts, str), "prompts is one string; give a list of them")
+    require(options.get("logprobs") is None, "logprobs are what smoljax.generation.complete gives, beside the tokens")
+    prompts = listed(prompts)
     texts = [isinstance(prompt, str) for prompt in prompts]
     if not any(texts):
         return [row.tokens for row in complete(model, prompts, max_new_tokens, **options)]
     require(all(texts), "some prompts are strings, some are not; give one kind")
-    require(tokenizer is not None, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
+    known = hasattr(tokenizer, "encode") and not isinstance(tokenizer, str)
+    require(known, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
     rows = complete(model, [tokenizer.encode(text).ids for text in prompts], max_new_tokens, **options)
     return [tokenizer.decode(row.tokens) for row in rows]
 
@@ -52,17 +54,18 @@ def complete(
     Raises UsageError for a prompt or a setting that cannot be, DataError if the model's logits are not finite.
     """
     known = ENGINE + tuple(f.name for f in fields(Sampling))
+    names = ("max_new_tokens", "seed", "slots", *known)
     for name in options:
-        require(name in known, f"no option {name!r}{meant(name, known)}; expected some of {', '.join(known)}")
+        require(name in known, f"no option {name!r}{meant(name, names)}; expected some of {', '.join(names)}")
     engine = {name: options.pop(name) for name in ENGINE if name in options}
     how = Sampling(**options)
-    prompts = [as_ids(i, prompt) for i, prompt in enumerate(prompts, start=1)]
+    prompts = [as_ids(prompt, f"prompt {i}") for i, prompt in enumerate(listed(prompts), start=1)]
     seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
     require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
     new = whole(max_new_tokens, "max_new_tokens")
     requests = [Request(prompt, new, whole(s, "seed")) for prompt, s in zip(prompts, seeds, strict=True)]
     for i, request in enumerate(requests, start=1):
-        check(model.config, request, f"prompt {i}")
+        checked(model.config, request, f"prompt {i}")
     if not prompts:
         return []
     slots = min(len(prompts), 64) if slots is None else slots
@@ -70,8 +73,6 @@ def complete(
     return [rows[i] for i in range(len(prompts))]
 
 
-def as_ids(number: int, prompt) -> list[int]:
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError:
-        raise UsageError(f"prompt {number} is {prompt!r:.60}, expected a list of token ids") from None
+def listed(prompts) -> list:
+    require(isinstance(prompts, Iterable), f"prompts is {prompts!r:.60}, expected a list of them")
+    return list(prompts)

@@ -11,11 +11,12 @@ from smoljax.hf_config import parse_json
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # hold only where do_sample is true, as in transformers
 ALWAYS = ("repetition_penalty", "min_new_tokens", "max_new_tokens", "stop_strings")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample")
-ABOUT = ("_from_model_config", "transformers_version", "use_cache", "cache_implementation", "return_dict_in_generate")
-ABOUT += ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "max_time", "compile_config")
+ABOUT = ("_from_model_config", "transformers_version", "use_cache", "return_dict_in_generate", "compile_config")
+ABOUT += ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # The value of a key that changes nothing; another one is of a method that smoljax has not.
 NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0}
 NEUTRAL |= {"eta_cutoff": 0.0, "length_penalty": 1.0, "diversity_penalty": 0.0, "num_return_sequences": 1}
+NEUTRAL |= {"guidance_scale": 1.0}
 NEUTRAL |= {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "min_length": 0}
 NEUTRAL |= {"remove_invalid_values": False, "renormalize_logits": False, "early_stopping": False, "max_length": 20}
 
@@ -50,7 +51,7 @@ def defaults(files: dict[str, bytes], source: str) -> dict:
         if value is not None and not fine(value):
             raise UsageError(
                 f"generation_config.json of {source} has {key} = {value!r:.60}, expected {expected}; mend it, or leave "
-                "the file aside by --no-generation-config"
+                "what the file says of sampling aside by --no-generation-config"
             )
     out = {}
     for key, value in found.items():
@@ -61,7 +62,7 @@ def defaults(files: dict[str, bytes], source: str) -> dict:
         elif key not in NEUTRAL or value != NEUTRAL[key]:
             raise UsageError(
                 f"generation_config.json of {source} has {key} = {str(value)[:60]}, which smoljax has not; "
-                "--no-generation-config leaves the file aside"
+                "--no-generation-config leaves what the file says of sampling aside"
             )
     if found.get("do_sample") is True:
         out.setdefault("temperature", 1.0)

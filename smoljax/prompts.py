@@ -107,10 +107,13 @@ def parquet_count(path: Path) -> int:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names, found = file.schema_arrow.names, file.metadata.num_rows
+            schema, found = file.schema_arrow, file.metadata.num_rows
     except Exception as e:
         raise DataError(f"{path} is no sound parquet file ({said(e)})") from None
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise DataError(f"{path} has the column {twice[0]!r} twice; rename one of the two")
+    binary = [field.name for field in schema if "binary" in str(field.type)]  # within a struct or a list, too
+    if binary:
+        raise DataError(f"{path} has bytes in its column {binary[0]!r}, which the output's JSON cannot hold; drop it")
     return found

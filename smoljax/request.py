@@ -1,13 +1,12 @@
 """What is asked of an engine, a row each, and what it gave."""
 
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from smoljax.config import Model
-from smoljax.errors import DataError, UsageError, require
+from smoljax.errors import DataError, UsageError, require, whole
 from smoljax.sampling import DAMAGED, NONE, Sampling
 
 
@@ -63,6 +62,8 @@ class Row:
         if self.request.watch and len(self.tokens) > new:
             keep = self.request.watch(self.tokens)
             if keep is not None:
+                fine = type(keep) is int and 0 <= keep <= len(self.tokens)
+                require(fine, f"watch gave {keep!r:.40} for {self.name}, expected None, or how many tokens are kept")
                 del self.tokens[keep:], self.logprobs[keep:]
                 self.reason = "stop"
 
@@ -76,25 +77,34 @@ def at(found: Sequence[np.ndarray], index) -> tuple:
     return tuple(part[index].tolist() for part in found)
 
 
-def check(config: Model, request: Request, name: str):
-    """A UsageError where a request cannot be: each id in the vocabulary, all of it within the model's positions."""
+def checked(config: Model, request: Request, name: str) -> Request:
+    """The request, its numbers Python's own.
+
+    Raises UsageError where it cannot be: an id that is not in the vocabulary, more than the model has positions.
+    """
     V, S = config.vocab_size, config.max_position_embeddings
-    new = request.max_new_tokens
-    require(type(new) is int and new >= 1, f"max_new_tokens is {new!r:.60}, expected a whole number, 1 or more")
-    require(0 <= request.seed < 2**32, f"seed is {request.seed}, expected 0 or more, below 2**32")
-    require(bool(request.prompt), f"{name} is empty; give at least one token, such as the model's bos_token_id")
-    for token in request.prompt:
+    prompt, seed = as_ids(request.prompt, name), whole(request.seed, "seed")
+    new = whole(request.max_new_tokens, "max_new_tokens")
+    require(new >= 1, f"max_new_tokens is {new}, expected 1 or more")
+    require(0 <= seed < 2**32, f"seed is {seed}, expected 0 or more, below 2**32")
+    require(bool(prompt), f"{name} is empty; give at least one token, such as the model's bos_token_id")
+    for token in prompt:
         known = 0 <= token < V
         require(known, f"{name} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary")
     require(
-        len(request.prompt) + new <= S,
-        f"{name} has {len(request.prompt)} tokens; with max_new_tokens = {new} that is beyond the model's "
+        len(prompt) + new <= S,
+        f"{name} has {len(prompt)} tokens; with max_new_tokens = {new} that is beyond the model's "
         f"max_position_embeddings = {S}; shorten one of them",
     )
+    return replace(request, prompt=prompt, max_new_tokens=new, seed=seed)
 
 
-def whole(value, name: str) -> int:
+def as_ids(prompt, name: str) -> list[int]:
+    """Ids of any library's array or sequence, in their order."""
+    found = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     try:
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} is {value!r:.60}, expected a whole number") from None
+        if isinstance(found, Sequence) and not isinstance(found, str | bytes):
+            return [whole(token, name) for token in found]
+    except UsageError:
+        pass
+    raise UsageError(f"{name} is {prompt!r:.60}, expected a list of token ids")

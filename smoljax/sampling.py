@@ -5,13 +5,16 @@ id, so that a row gives the same sample in any batch, and in any round of specul
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 
-from smoljax.errors import require
+from smoljax.errors import number, require, whole
 
+WRITTEN = dict.fromkeys(("top_k", "min_new_tokens", "logprobs"), whole)
+WRITTEN |= dict.fromkeys(("temperature", "top_p", "min_p"), number)
+WRITTEN |= dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), number)
 HOTTEST, LARGEST = 1e30, 1_000_000  # of what divides logits, and of what is added or multiplied: f32 holds the result
 NONE, DAMAGED = -1, -2  # in place of a token: none here; the logits are not finite
 
@@ -33,14 +36,10 @@ class Sampling:
     prompt_logprobs: bool = False  # of the prompt's tokens, too
 
     def __post_init__(self):
-        if isinstance(self.logit_bias, dict):
-            object.__setattr__(self, "logit_bias", tuple(sorted(self.logit_bias.items())))
+        self.convert()
         t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
         require(0 <= t <= HOTTEST, f"temperature is {t}, expected 0 (greedy) to {HOTTEST:g}")
-        require(
-            k is None or (type(k) is int and k >= 1),
-            f"top_k is {k}, expected 1 or more; leave it out to keep all tokens",
-        )
+        require(k is None or k >= 1, f"top_k is {k}, expected 1 or more; leave it out to keep all tokens")
         require(p is None or 0 < p <= 1, f"top_p is {p}, expected more than 0 and at most 1")
         require(m is None or 0 <= m <= 1, f"min_p is {m}, expected 0 to 1")
         r = self.repetition_penalty
@@ -52,11 +51,12 @@ class Sampling:
             value = getattr(self, name)
             fine = -LARGEST <= value <= LARGEST
             require(fine, f"{name} is {value}, expected a number within {LARGEST:,} of 0, which changes nothing")
-        for pair in self.logit_bias:
-            fine = len(pair) == 2 and type(pair[0]) is int and pair[0] >= 0
-            fine = fine and (-LARGEST <= pair[1] <= LARGEST or pair[1] == -math.inf)
-            require(fine, f"logit_bias has {pair}, expected a token id and a number within {LARGEST:,} of 0, or -inf")
-        fine = type(self.min_new_tokens) is int and 0 <= self.min_new_tokens < 2**31
+        for id, bias in self.logit_bias:
+            fine = id >= 0 and (-LARGEST <= bias <= LARGEST or bias == -math.inf)
+            require(
+                fine, f"logit_bias has {id, bias}, expected a token id and a number within {LARGEST:,} of 0, or -inf"
+            )
+        fine = 0 <= self.min_new_tokens < 2**31
         require(fine, f"min_new_tokens is {self.min_new_tokens}, expected 0 or more, below 2**31")
         n = self.logprobs
         require(n is None or 0 <= n <= 100, f"logprobs is {n}, expected 0 to 100 of the likeliest tokens")
@@ -67,6 +67,19 @@ class Sampling:
                     getattr(self, name) is None,
                     f"{name} chooses what is sampled from, but temperature is 0, greedy; give a temperature above 0",
                 )
+
+    def convert(self):
+        """Numbers of any library's to Python's own, which hash and compare alike: equal settings, one program."""
+        for f in fields(self):
+            kind, value = WRITTEN.get(f.name), getattr(self, f.name)
+            if kind and (value is not None or f.default is not None):
+                object.__setattr__(self, f.name, kind(value, f.name))
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        try:
+            pairs = tuple((whole(id, "an id of logit_bias"), number(bias, "logit_bias")) for id, bias in pairs)
+        except (TypeError, ValueError):
+            require(False, f"logit_bias is {self.logit_bias!r:.60}, expected pairs of a token id and a number")
+        object.__setattr__(self, "logit_bias", tuple(sorted(pairs)))
 
     @property
     def counts(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from smoljax import sharding
 from smoljax.config import Compute
-from smoljax.errors import DataError
+from smoljax.errors import DataError, require
 from smoljax.loss import IGNORE, in_chunks
 from smoljax.model import SmolLM
 
@@ -28,7 +28,7 @@ class Score(NamedTuple):
     """Of a continuation's tokens, in order."""
 
     logprobs: np.ndarray  # nats, f32
-    greedy: np.ndarray  # bool: no token is likelier
+    greedy: np.ndarray  # bool: it is the likeliest, of equals the one with the lowest id
 
     @property
     def loglikelihood(self) -> float:
@@ -59,7 +59,9 @@ def loglikelihoods(
 
     Raises DataError for a pair that cannot be scored, and where the model's numbers are not finite.
     """
-    longest = longest or model.config.max_position_embeddings
+    require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}, expected 1 or more")
+    longest = model.config.max_position_embeddings if longest is None else longest
+    require(longest >= 1, f"longest is {longest}, expected 1 or more tokens")
     for i, pair in enumerate(pairs, start=1):
         try:
             check(pair, model.config.vocab_size, longest)
@@ -117,7 +119,7 @@ def padded(pairs: Sequence[Pair], rows: int, T: int) -> tuple[np.ndarray, np.nda
 
 @functools.partial(jax.jit, static_argnames="compute")
 def judge(model: SmolLM, tokens, labels, compute: Compute):  # BT BT -> BT2
-    """Each label's log-probability in f32, and 1 where no id is likelier; a row's labels first, 0 behind them.
+    """Each label's log-probability in f32, and 1 where it is the likeliest; a row's labels first, 0 behind them.
 
     compute.loss_chunk tokens have logits at a time, and none where all rows' labels have ended: a long context with a
     short continuation costs the trunk alone.

@@ -295,12 +295,15 @@ def test_messages_are_checked(messages, words):
 def test_read_messages(tmp_path):
     file = tmp_path / "m.jsonl"
     file.write_text(
-        json.dumps({"messages": CONVERSATIONS[1]})
+        json.dumps({"messages": CONVERSATIONS[1], "seed": 3})
         + "\n\n"
         + json.dumps({"prompt": "東京"}, ensure_ascii=False)
         + "\r\n"
     )
-    assert list(chat.read_messages(file)) == [CONVERSATIONS[1], [{"role": "user", "content": "東京"}]]
+    assert list(chat.read_messages(file)) == [
+        {"messages": CONVERSATIONS[1], "seed": 3},
+        {"prompt": "東京", "messages": [{"role": "user", "content": "東京"}]},
+    ]
     good = b'{"prompt": "x"}\n'
     for line, words in (
         (b"{", "line 2: not JSON"),

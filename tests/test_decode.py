@@ -198,6 +198,14 @@ def test_one_layer():
         ([[1, 300]], {}, "prompt 1 has the token id 300, expected 0 to 299"),
         ([[-1]], {}, "token id -1"),
         ([[1.5]], {}, "expected a list of token ids"),
+        ([b"def"], {}, "prompt 1 is b'def', expected a list of token ids"),
+        ([{3, 1}], {}, "prompt 1 is {1, 3}, expected a list of token ids"),
+        ([[True]], {}, "prompt 1 is [True], expected a list of token ids"),
+        (None, {}, "prompts is None, expected a list of them"),
+        (["text"], {"tokenizer": "a path"}, "the prompts are strings; give tokenizer="),
+        ([[1]], {"logprobs": 1}, "logprobs are what smoljax.generation.complete gives"),
+        ([[1]], {"max_new_token": 5}, "did you mean 'max_new_tokens'"),
+        ([[1]], {"eos": False}, "eos is False, expected a whole number"),
         (["text"], {}, "the prompts are strings; give tokenizer="),
         (["text", [1]], {}, "some prompts are strings, some are not"),
         ("text", {}, "prompts is one string; give a list"),
@@ -213,7 +221,7 @@ def test_one_layer():
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"seed": [1, 2]}, "2 seeds for 1 prompts"),
         ([[1]], {"temprature": 1.0}, "no option 'temprature'"),
-        ([[1]], {"eos": 300}, "token id 300 (eos or logit_bias) is not below the model's 300"),
+        ([[1]], {"eos": 300}, "token id 300 (eos or logit_bias) is none of the model's, 0 to 299"),
         ([[1]], {"drafts": 17}, "drafts is 17"),
         ([[1]], {"cache": "int4"}, "cache is 'int4'"),
     ],
@@ -222,6 +230,19 @@ def test_refusals(model, prompts, options, sentence):
     with pytest.raises(UsageError) as e:
         generation.generate(model, prompts, **{"max_new_tokens": 4} | options)
     assert sentence in str(e.value)
+
+
+def test_prompts_of_any_kind(model):
+    """Once through an iterator, and numbers of NumPy's and JAX's."""
+    plain = generation.generate(model, PROMPTS, 8, eos=())
+    for kind in (np.array, jnp.array, tuple):
+        new, seed = np.int64(8), np.uint32(0)
+        assert generation.generate(model, (kind(p) for p in PROMPTS), new, eos=np.array([], int), seed=seed) == plain
+    sampled = dict(temperature=0.7, top_k=5, logit_bias={3: 1.0, 2: 0.5})
+    same = dict(temperature=jnp.float32(0.7), top_k=np.int32(5), logit_bias=[(2, np.float32(0.5)), (np.int64(3), 1)])
+    size = decode.advance._cache_size()
+    found = [generation.generate(model, PROMPTS, 8, eos=(), **how) for how in (sampled, same, sampled)]
+    assert found[0] == found[1] == found[2] and decode.advance._cache_size() <= size + 2  # 0.7 in f32 is another
 
 
 def test_no_prompts(model):

@@ -444,8 +444,9 @@ def test_damaged_weights_are_said(served):
         (dict(cache="int4"), "cache is 'int4', expected int8 or a dtype"),
         (dict(draft="served"), "a draft model needs drafts"),
         (dict(draft="wide", drafts=2), "the draft model has 65 tokens, the model 64"),
-        (dict(eos=64), "token id 64 (eos or logit_bias) is not below the model's 64"),
+        (dict(eos=64), "token id 64 (eos or logit_bias) is none of the model's, 0 to 63"),
         (dict(eos=(1, -1)), "token id -1"),
+        (dict(compute=Compute(dtype="bfloat16")), "compute.dtype is bfloat16, and the model is laid out in float32"),
         (dict(sampling=Sampling(logit_bias={64: 1.0})), "token id 64"),
     ],
 )
@@ -468,12 +469,32 @@ def test_an_engines_refusals(served, options, sentence):
         (Request([1], 2.0), "max_new_tokens is 2.0"),
         (Request([1], 1, -1), "seed is -1"),
         (Request([1], 1, 2**32), "seed is 4294967296"),
+        (Request([1], 1, 3.7), "seed is 3.7, expected a whole number"),
+        (Request([1.5, 2.2]), "prompt 2 is [1.5, 2.2], expected a list of token ids"),
+        ([1, 2], "prompt 2 is [1, 2], expected a Request"),
+        (
+            Request([1], 4, watch=lambda tokens: 0 in tokens),
+            "watch gave False for prompt 2, expected None, or",
+        ),
+        (Request([1], 4, watch=lambda tokens: -1), "watch gave -1 for prompt 2"),
     ],
 )
 def test_a_requests_refusals(served, request_, sentence):
     with pytest.raises(UsageError) as e:
         list(Engine(served, 3, **GREEDY).run([Request([1], 1), request_]))
     assert sentence in str(e.value)
+
+
+def test_one_run_at_a_time(served):
+    """A second one would take the first one's slots: it is refused, and the first goes on."""
+    batch, requests = Engine(served, 1, **GREEDY), [Request([i, 3], 9) for i in range(3)]
+    whole = results(batch, requests)
+    first = batch.run(requests)
+    found = [next(first)]
+    with pytest.raises(UsageError, match="this engine is at work; end its run, or make another engine"):
+        next(batch.run(requests))
+    same([completion for _, completion in sorted([*found, *first], key=lambda pair: pair[0])], whole)
+    same(results(batch, requests), whole)
 
 
 def test_options_that_are_none(model):

@@ -121,6 +121,21 @@ def test_text_as_it_comes(words):
     assert "".join(said) == one.whole(ids[:n]) == "ca"
 
 
+def test_a_stop_string_may_be_a_special_token(words):
+    """As in transformers; and none reaches across one, which is no part of the text."""
+    before, after = words.encode("ab ").ids, words.encode("cd").ids
+    tokens = [*before, 2, *after]
+    assert words.decode([2], skip_special_tokens=False) == "<|im_end|>"
+    for size in (1, 3):
+        said = []
+        one = Text(words, ("<|im_end|>",), said.append)
+        ends = [n for i in range(0, len(tokens), size) if (n := one(tokens[: i + size])) is not None]
+        assert ends[0] == len(before) + 1 and one.whole(tokens[: ends[0]]) == "".join(said) == "ab "
+        across, piece = Text(words, ("b c",)), Text(words, (" <|im", "nowhere"))
+        assert across(tokens) is None and across.whole(tokens) == words.decode(tokens) == "ab cd"
+        assert piece(tokens) == len(before) + 1 and piece.whole(tokens[: len(before) + 1]) == "ab"
+
+
 def write(file: Path, rows: list):
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
@@ -191,6 +206,7 @@ def test_odd_rows(folder, tmp_path, capsys, monkeypatch, few_devices, devices):
     good = [{"prompt": text, "seed": None, "max_new_tokens": None, "messages": None} for text in TEXTS]
     write(tmp_path / "in.jsonl", ["{", *ODD, *good, *[{"prompt": ""}] * 3000, *good])
     args = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--batch-size", "3", "--n", "2"]
+    args += ["--temperature", "1"]
     assert run(generate.main, [str(folder), *args, "--max-new-tokens", "2", "--ignore-eos"]) == 3
     out = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert ["error" in row for row in out] == [True] * 9 + [False] * 4 + [True] * 3000 + [False] * 4
@@ -234,13 +250,19 @@ def test_what_a_parquet_file_may_hold(folder, tmp_path, capsys):
     }
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "in.parquet")
     args = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    args += ["--chat"]
     assert run(generate.main, [str(folder), *args, "--ignore-eos"]) == 3
     out = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out").read_text().splitlines()]
     assert ["error" in row for row in out] == [False, True, False, False]
     assert out[1].keys() == {"line", "error"} and out[1]["line"] == 2 and out[0]["at"].endswith(".000000001")
     assert out[2]["shares"] == [["k", None]]
     assert "text" in out[0] and out[2]["share"] is None is out[3]["share"] and out[2]["seed"] == 3
-    for content, sentence in [({"prompt": pyarrow.array([], pyarrow.string())}, "holds no rows"), (None, "no sound")]:
+    bytes_ = pyarrow.array([[{"bytes": b"x"}]], pyarrow.list_(pyarrow.struct({"bytes": pyarrow.binary()})))
+    for content, sentence in [
+        ({"prompt": pyarrow.array([], pyarrow.string())}, "holds no rows"),
+        ({"prompt": ["x"], "image": bytes_}, "has bytes in its column 'image', which the output's JSON cannot hold"),
+        (None, "no sound"),
+    ]:
         if content:
             pyarrow.parquet.write_table(pyarrow.table(content), tmp_path / "in.parquet")
         else:
@@ -307,6 +329,37 @@ def test_a_template_is_told_the_time_that_its_job_began(folder, tmp_path, capsys
     time.sleep(1.1)
     assert generate.main([*args, str(tmp_path / "again"), "--prompt-logprobs", "--logprobs", "1"]) == 0
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_conversations(folder, tmp_path, capsys):
+    """--messages and --input give the same rows, by each row's own settings; prompts among them are not guessed at."""
+    asked = [{"role": "user", "content": "x"}]
+    rows = [{"id": 8, "messages": asked, "seed": 3, "max_new_tokens": 2}, {"messages": asked, "seed": 4}]
+    write(tmp_path / "in.jsonl", [*rows, {"prompt": "x"}])
+    write(tmp_path / "few.jsonl", rows)
+    how = ["--temperature", "1", "--ignore-eos", "--max-new-tokens", "4"]
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]
+    assert run(generate.main, [str(folder), *how, *files]) == 3
+    out = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [len(row.get("tokens", ())) for row in out] == [2, 4, 0] and out[0]["id"] == 8
+    assert out[2]["error"] == "it has a prompt, among messages; give --chat, or files of one kind"
+    capsys.readouterr()
+    assert generate.main([str(folder), *how, "--messages", str(tmp_path / "few.jsonl"), "--json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == out[:2]
+    lengths = []
+    for system in ([], ["--system", ""]):  # an empty one is in the template's own one's place
+        (row,) = answers(
+            folder, capsys, *how, "--prompt", "x", "--chat", *system, "--logprobs", "0", "--prompt-logprobs"
+        )
+        lengths.append(len(row["prompt_logprobs"]))
+    assert lengths[1] != lengths[0]
+
+
+def test_a_template_that_gives_nothing(folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "model")
+    (place / "chat_template.jinja").write_text("{% if false %}{{ messages }}{% endif %}")
+    with pytest.raises(DataError, match="the chat template of .* gives no text for it"):
+        generate.main([str(place), "--prompt", "x", "--chat"])
 
 
 def test_other_files(folder, tmp_path, capsys):
@@ -393,8 +446,9 @@ def test_generation_config():
     assert sampled == {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "stop_strings": ["x"]}
     assert of(do_sample=True) == {"temperature": 1.0}
     assert of(num_beams=1, length_penalty=1.0) == {}
-    with pytest.raises(UsageError, match="num_beams = 4, which smoljax has not"):
-        of(num_beams=4)
+    for keys in (dict(num_beams=4), dict(max_time=5.0), dict(cache_implementation="quantized")):
+        with pytest.raises(UsageError, match="= .*, which smoljax has not"):
+            of(**keys)
     for keys in (dict(temperature="0.6"), dict(top_k=2.5), dict(min_new_tokens="3"), dict(max_new_tokens=0)):
         with pytest.raises(UsageError, match=f"of it has {next(iter(keys))} = .*, expected a .*number"):
             of(do_sample=True, **keys)
@@ -447,10 +501,12 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
         (["--prompt", "a", "--min-p", "2"], "min_p is 2.0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
         (["--prompt", "a", "--logit-bias", "x"], "--logit-bias 'x', expected a token id and a number"),
-        (["--prompt", "a", "--logit-bias", "300=1"], "token id 300 .* is not below"),
+        (["--prompt", "a", "--logit-bias", "300=1"], "token id 300 .* is none of the model's, 0 to 299"),
         (["--prompt", "a", "--eos", "-1"], "token id -1"),
         (["--prompt", "a", "--stop", ""], "--stop ''"),
         (["--prompt", "a", "--n", "0"], "--n is 0"),
+        (["--prompt", "a", "--n", "2"], "--n 2 samples are one at temperature 0; give --temperature"),
+        (["--prompt", "a", "--system", ""], "--system is for --chat"),
         (["--prompt", "a", "--drafts", "17"], "--drafts is 17"),
         (["--prompt", "a", "--draft", "x"], "--draft guesses --drafts"),
         (["--prompt", "a", "--logprobs", "1"], "--logprobs are given with --json"),
@@ -459,6 +515,7 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
         (["--prompt", "\udcff"], "--prompt .* is not UTF-8"),
         (["--prompt", "a " * 9000], "that is beyond the model's max_position_embeddings"),
         (["--messages", "x", "--chat", "--system", "y"], "--messages has conversations"),
+        (["--prompt", "a", "--stop", "x\ufffd"], "the stop string .* has U.FFFD"),
         (["--prompt", "a", "--stop", "\udcff"], "--stop .* is not UTF-8 text"),
         (["--input", "x.txt", "--output", "/"], "--output / is a folder"),
         (["--prompt", "a", "--output", "x"], "--input and --output go together"),
@@ -505,4 +562,4 @@ def test_more_than_memory(folder, monkeypatch):
     with pytest.raises(
         UsageError, match="rows with 256 places need .* GB beside .*--batch-size.*--max-new-tokens.*int8"
     ):
-        generate.main([str(folder), "--prompt", "a", "--n", "2"])
+        generate.main([str(folder), "--prompt", "a", "--n", "2", "--temperature", "1"])

@@ -15,7 +15,7 @@ from test_model import CONFIG, forward, make, tokens
 from infer import score as program
 from smoljax import fetch, hf, quantize, score, sharding, weights
 from smoljax.config import Compute, Mesh
-from smoljax.errors import DataError, Error, run
+from smoljax.errors import DataError, Error, UsageError, run
 
 POSITIONS = 64
 SHORT = dataclasses.replace(CONFIG, max_position_embeddings=POSITIONS, bos_token_id=0, eos_token_id=0)
@@ -227,6 +227,9 @@ def test_refusals(model):
             score.loglikelihoods(model, [pair])
     assert score.loglikelihoods(model, []) == []
     assert len(score.loglikelihoods(model, [([1] * 60, [2] * 6)], longest=65)[0].logprobs) == 6
+    for options in (dict(batch_size=0), dict(batch_size=-1), dict(longest=0)):
+        with pytest.raises(UsageError, match=f"{next(iter(options))} is .*, expected 1 or more"):
+            score.loglikelihoods(model, [([1], [2])], **options)
     broken = jax.tree.map(lambda w: w * jnp.nan, model)
     with pytest.raises(DataError, match="a log-likelihood is not finite"):
         score.loglikelihoods(broken, [([1], [2])])
