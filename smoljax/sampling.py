@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from smoljax.errors import number, require, whole
 
-WRITTEN = dict.fromkeys(("top_k", "min_new_tokens", "logprobs"), whole)
-WRITTEN |= dict.fromkeys(("temperature", "top_p", "min_p"), number)
-WRITTEN |= dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), number)
+KINDS = dict.fromkeys(("top_k", "min_new_tokens", "logprobs"), whole)
+KINDS |= dict.fromkeys(("temperature", "top_p", "min_p"), number)
+KINDS |= dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), number)
 HOTTEST, LARGEST = 1e30, 1_000_000  # of what divides logits, and of what is added or multiplied: f32 holds the result
 NONE, DAMAGED = -1, -2  # in place of a token: none here; the logits are not finite
 
@@ -71,7 +71,7 @@ class Sampling:
     def convert(self):
         """Numbers of any library's to Python's own, which hash and compare alike: equal settings, one program."""
         for f in fields(self):
-            kind, value = WRITTEN.get(f.name), getattr(self, f.name)
+            kind, value = KINDS.get(f.name), getattr(self, f.name)
             if kind and (value is not None or f.default is not None):
                 object.__setattr__(self, f.name, kind(value, f.name))
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
