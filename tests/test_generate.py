@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -134,6 +135,25 @@ def test_a_stop_string_may_be_a_special_token(words):
         across, piece = Text(words, ("b c",)), Text(words, (" <|im", "nowhere"))
         assert across(tokens) is None and across.whole(tokens) == words.decode(tokens) == "ab cd"
         assert piece(tokens) == len(before) + 1 and piece.whole(tokens[: len(before) + 1]) == "ab"
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_a_stop_string_ends_a_row_where_it_first_stands(words, size):
+    """Of random ids, special ones and halves of characters too; all of the text is decoded anew for each token."""
+    random, stopped = np.random.default_rng(size), 0
+    for _ in range(200):
+        ids = random.integers(0, words.get_vocab_size(), random.integers(1, 120)).tolist()
+        texts = [words.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids) + 1)]
+        places = random.integers(0, max(1, len(texts[-1])), 2).tolist()
+        stop = tuple(filter(None, (texts[-1][i : i + 1 + i % 5].replace("\ufffd", "") for i in places)))
+        first = next((n for n, text in enumerate(texts) if any(s in text for s in stop)), None)
+        stopped += first is not None
+        said = []
+        one = Text(words, stop, said.append)
+        ends = (one(ids[: n + size]) for n in range(0, len(ids), size))
+        assert next(filter(None, ends), None) == first, (ids, stop)
+        assert one.whole(ids[:first]) == "".join(said), (ids, stop)
+    assert 100 < stopped
 
 
 def write(file: Path, rows: list):
