@@ -88,9 +88,8 @@ def checked(config: Model, request: Request, name: str) -> Request:
     require(new >= 1, f"max_new_tokens is {new}, expected 1 or more")
     require(0 <= seed < 2**32, f"seed is {seed}, expected 0 or more, below 2**32")
     require(bool(prompt), f"{name} is empty; give at least one token, such as the model's bos_token_id")
-    for token in prompt:
-        known = 0 <= token < V
-        require(known, f"{name} has the token id {token}, expected 0 to {V - 1}, the model's vocabulary")
+    unknown = next((token for token in prompt if not 0 <= token < V), None)
+    require(unknown is None, f"{name} has the token id {unknown}, expected 0 to {V - 1}, the model's vocabulary")
     require(
         len(prompt) + new <= S,
         f"{name} has {len(prompt)} tokens; with max_new_tokens = {new} that is beyond the model's "
