@@ -255,8 +255,8 @@ def check(args):
     alone = args.num_processes is None and args.process_id is None
     require(alone or bool(args.input), "--num-processes and --process-id are for --input")
     require(args.system is None or args.chat, "--system is for --chat")
-    alone = args.system is None or not args.messages
-    require(alone, "--system goes before prompts, and --messages has conversations")
+    fine = args.system is None or not args.messages
+    require(fine, "--system goes before prompts, and --messages has conversations")
     require(
         args.max_new_tokens is None or args.max_new_tokens >= 1,
         f"--max-new-tokens is {args.max_new_tokens}, expected 1 or more",

@@ -6,8 +6,8 @@ from dataclasses import fields
 import numpy as np
 
 from smoljax.engine import Engine
-from smoljax.errors import require, whole
-from smoljax.request import Completion, Request, as_ids, checked
+from smoljax.errors import require
+from smoljax.request import Completion, Request, checked
 from smoljax.sampling import Sampling
 from smoljax.settings import meant
 
@@ -31,8 +31,8 @@ def generate(
     if not any(texts):
         return [row.tokens for row in complete(model, prompts, max_new_tokens, **options)]
     require(all(texts), "some prompts are strings, some are not; give one kind")
-    known = hasattr(tokenizer, "encode") and not isinstance(tokenizer, str)
-    require(known, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
+    able = hasattr(tokenizer, "encode") and not isinstance(tokenizer, str)
+    require(able, "the prompts are strings; give tokenizer=smoljax.load_tokenizer(...), or token ids")
     rows = complete(model, [tokenizer.encode(text).ids for text in prompts], max_new_tokens, **options)
     return [tokenizer.decode(row.tokens) for row in rows]
 
@@ -59,13 +59,11 @@ def complete(
         require(name in known, f"no option {name!r}{meant(name, names)}; expected some of {', '.join(names)}")
     engine = {name: options.pop(name) for name in ENGINE if name in options}
     how = Sampling(**options)
-    prompts = [as_ids(prompt, f"prompt {i}") for i, prompt in enumerate(listed(prompts), start=1)]
+    prompts = listed(prompts)
     seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
     require(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one a prompt")
-    new = whole(max_new_tokens, "max_new_tokens")
-    requests = [Request(prompt, new, whole(s, "seed")) for prompt, s in zip(prompts, seeds, strict=True)]
-    for i, request in enumerate(requests, start=1):
-        checked(model.config, request, f"prompt {i}")
+    requests = [Request(prompt, max_new_tokens, s) for prompt, s in zip(prompts, seeds, strict=True)]
+    requests = [checked(model.config, request, f"prompt {i}") for i, request in enumerate(requests, start=1)]
     if not prompts:
         return []
     slots = min(len(prompts), 64) if slots is None else slots

@@ -113,7 +113,17 @@ def parquet_count(path: Path) -> int:
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise DataError(f"{path} has the column {twice[0]!r} twice; rename one of the two")
-    binary = [field.name for field in schema if "binary" in str(field.type)]  # within a struct or a list, too
+    binary = [field.name for field in schema if holds_bytes(field.type)]
     if binary:
         raise DataError(f"{path} has bytes in its column {binary[0]!r}, which the output's JSON cannot hold; drop it")
     return found
+
+
+def holds_bytes(kind) -> bool:
+    """Whether a column of that type has bytes, in a list or an object too."""
+    from pyarrow import types
+
+    if kind.num_fields:
+        return any(holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    kinds = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(is_one(kind) for is_one in kinds)

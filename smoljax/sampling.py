@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import jax
 import jax.numpy as jnp
 
-from smoljax.errors import number, require, whole
+from smoljax.errors import UsageError, number, require, whole
 
 KINDS = dict.fromkeys(("top_k", "min_new_tokens", "logprobs"), whole)
 KINDS |= dict.fromkeys(("temperature", "top_p", "min_p"), number)
@@ -78,7 +78,8 @@ class Sampling:
         try:
             pairs = tuple((whole(id, "an id of logit_bias"), number(bias, "logit_bias")) for id, bias in pairs)
         except (TypeError, ValueError):
-            require(False, f"logit_bias is {self.logit_bias!r:.60}, expected pairs of a token id and a number")
+            found = f"logit_bias is {self.logit_bias!r:.60}"
+            raise UsageError(f"{found}, expected pairs of a token id and a number") from None
         object.__setattr__(self, "logit_bias", tuple(sorted(pairs)))
 
     @property

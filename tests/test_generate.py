@@ -267,6 +267,7 @@ def test_what_a_parquet_file_may_hold(folder, tmp_path, capsys):
         "share": pyarrow.array([1.0, 0.5, math.nan, math.inf]),
         "shares": pyarrow.array([[("k", math.nan)]] * 4, pyarrow.map_(pyarrow.string(), pyarrow.float64())),
         "max_new_tokens": pyarrow.array([2.0, None, None, None]),
+        "said": pyarrow.array([{"binary": "text"}] * 4),
     }
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "in.parquet")
     args = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
