@@ -409,6 +409,29 @@ def test_processes_share_a_job(folder, tmp_path, capsys):
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
 
 
+def generate_job(argv) -> int:
+    """In a process: `smoljax generate ARGV`."""
+    return run(generate.main, argv)
+
+
+def test_processes_begin_at_once(folder, launcher, tmp_path, capsys, few_devices):
+    """Four share a job, each of two of them twice: one of each pair is refused, and nothing is lost or there twice."""
+    few_devices(1)
+    write(tmp_path / "in.jsonl", [{"prompt": TEXTS[i % 4] * (1 + i % 9), "max_new_tokens": 12} for i in range(40)])
+    argv = [str(folder), "--input", str(tmp_path / "in.jsonl"), "--ignore-eos", "--batch-size", "8", "--output"]
+    assert generate.main([*argv, str(tmp_path / "one")]) == 0
+    shared = [*argv, str(tmp_path / "all"), "--num-processes", "2", "--process-id"]
+    call = "test_generate:generate_job"
+    started = [launcher.call(call, [*shared, str(i % 2)], env=fake_devices(1)) for i in range(4)]
+    codes = [process.code for process in started]
+    assert set(codes[::2]) | set(codes[1::2]) <= {0, 2} and 0 in codes[::2] and 0 in codes[1::2], codes
+    for process in started:
+        refused = process.code == 2
+        assert refused == ("is being written by another process" in process.said), process.err
+    assert (tmp_path / "all").read_bytes() == (tmp_path / "one").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"in.jsonl", "one", "one.job", "all", "all.job"}
+
+
 def dying_generate(rows: int, argv):
     """In a process: `smoljax generate ARGV`, and kill -9 in the middle of the line behind so many more rows."""
     written, write = itertools.count(), jobs.Job.write

@@ -30,7 +30,7 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         assert prepare.main(["text", "--train-tokenizer", "512", "--output", "shards", "--workers", "2"]) == 0
         sources = "data.sources=shards"
-        argv = ["demo", sources, "run=runs/short", "steps=90", "optim.decay_steps=30", *SMALL]
+        argv = ["demo", sources, "run=runs/short", "steps=160", "optim.decay_steps=30", *SMALL]
         assert pretrain.main(argv) == 0
         argv = [
             "demo-long",
@@ -47,10 +47,16 @@ def place(tmp_path_factory):
 
 
 def test_the_loss_falls_and_the_longer_context_goes_on_from_there(place):
+    """Below what the frequencies of tokens alone give: the text is this repository's, so it changes with each commit,
+    and this bound with it. Of 5.26 nats, three seeds are left with 3.8 to 4.1."""
+    (file,) = (place / "shards").glob("*.ds")
+    counts = np.bincount(np.fromfile(file, np.uint16))
+    p = counts[counts > 0] / counts.sum()
+    frequencies = -(p * np.log(p)).sum()
     short, long = ([r["train/loss"] for r in metrics.read(place / "runs" / name)] for name in ("short", "long"))
     assert short[0] == pytest.approx(np.log(512), abs=0.5)
-    assert statistics.mean(short[-3:]) < 0.8 * short[0]
-    assert long[0] < 0.85 * short[0]
+    assert statistics.mean(short[-3:]) < min(0.8 * short[0], frequencies - 0.5)
+    assert long[0] < frequencies - 0.5
 
 
 def test_the_longer_context_shows_in_the_loss_by_position(place, capsys):

@@ -13,7 +13,7 @@ from test_hf import train_tokenizer
 from test_model import CONFIG, forward, make, tokens
 
 from infer import score as program
-from smoljax import fetch, hf, quantize, score, sharding, weights
+from smoljax import fetch, hf, load_tokenizer, quantize, score, sharding, weights
 from smoljax.config import Compute, Mesh
 from smoljax.errors import DataError, Error, UsageError, run
 
@@ -361,6 +361,19 @@ def test_a_row_that_cannot_be_scored_is_said_in_its_place(model, folder, capsys,
     (expected,) = score.loglikelihoods(model, [(([9, 8] * 40)[-63:], [1, 2])])
     assert first["truncated"] == 17 and "truncated" not in second
     assert first["loglikelihood"] == pytest.approx(expected.loglikelihood, abs=1e-5)
+
+    # Of choices each loses what is beyond for itself, and the row says how much the longest one lost.
+    words, context = load_tokenizer(folder / "hf"), "def " * 40
+    choices = ["x", "return import def x"]
+    (folder / "long.jsonl").write_text(lines({"context": context, "choices": choices}))
+    assert run(program.main, [str(folder / "hf"), "--input", str(folder / "long.jsonl"), "--truncate"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    long = [score.encode_pair(words, context, text, 0) for text in choices]
+    beyond = [len(context) + len(continuation) - 1 - POSITIONS for context, continuation in long]
+    assert 0 < beyond[0] < beyond[1] == row["truncated"]
+    cut = [(context[n:], continuation) for n, (context, continuation) in zip(beyond, long, strict=True)]
+    alone = [score.loglikelihoods(model, [pair])[0].loglikelihood for pair in cut]
+    np.testing.assert_allclose(row["loglikelihoods"], alone, atol=1e-5)
 
 
 def test_files_that_are_none(folder, capsys, tmp_path):
