@@ -1,5 +1,6 @@
 """`smoljax generate`, its batch jobs, text as it comes, and the model's own generation settings."""
 
+import io
 import itertools
 import json
 import math
@@ -70,6 +71,17 @@ def test_prompts(folder, words, capsys):
     assert capsys.readouterr().out == "\n".join(row["prompt"] + row["text"] + "\n" for row in expected)
     assert generate.main([str(folder), "--stream", "--prompt", TEXTS[0], "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out == expected[0]["text"] + "\n"
+
+
+def test_a_terminal_without_the_characters(folder, capsys, monkeypatch):
+    """It gets their escapes, and the run goes on; JSON is ASCII anyway."""
+    argv = [str(folder), "--prompt", "caf\u00e9 \u6771\u4eac", "--max-new-tokens", "2"]
+    assert run(generate.main, argv) == 0
+    expected = capsys.readouterr().out.encode("ascii", "backslashreplace")
+    monkeypatch.setattr(sys, "stdout", terminal := io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert run(generate.main, argv) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == expected and expected.startswith(rb"caf\xe9 \u6771\u4eac")
 
 
 def test_samples_and_logprobs(folder, words, capsys):
@@ -571,6 +583,24 @@ def test_the_models_own_settings(folder, tmp_path, capsys):
 def test_mistakes(folder, args, sentence):
     with pytest.raises(UsageError, match=sentence):
         generate.main([str(folder), *args])
+
+
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = BATCH | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "2"}
+
+
+@pytest.mark.parametrize(
+    "environment, share", [({}, (0, 1)), (BATCH, (0, 1)), (STEP, (1, 2)), (MPI, (2, 3)), (STEP | MPI, (2, 3))]
+)
+def test_which_process_of_how_many(monkeypatch, environment, share):
+    """A batch script is one process, whatever the tasks that its steps may have; mpirun may be within a step."""
+    for name in (*STEP, *MPI):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert jobs.share(None, None) == share
+    assert jobs.share(5, 4) == (4, 5)  # the flags stand above them
 
 
 @pytest.mark.parametrize("count, mine", [("4", "x"), ("0", "0"), ("4", "7"), ("x", "0")])
