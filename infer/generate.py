@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--batch-size", type=int, metavar="B", help="rows at a time, on each device (8 on a CPU, else 64)")
     b.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round that are guessed, and checked")
     b.add_argument("--draft", metavar="MODEL", help="a small model that guesses (default: what stood there before)")
-    b.add_argument("--num-processes", type=int, metavar="N", help="that share the job (default: srun's or Open MPI's)")
+    b.add_argument(
+        "--num-processes", type=int, metavar="N", help="that share the job (default: srun's, MPI's, a pod's)"
+    )
     b.add_argument("--process-id", type=int, metavar="I", help="which one this is: 0 ... N-1")
     return p
 
@@ -94,6 +96,8 @@ def main(argv=None) -> int:
     if args.input:
         prompts.count(Path(args.input))
     runtime.start()
+    if processes == (0, 1) and args.num_processes is None:
+        processes = jax.process_index(), jax.process_count()  # a TPU pod's hosts find each other
     loaded = weights.read(args.model)
     if loaded.tokenizer is None:
         raise UsageError(f"{args.model} has no tokenizer.json, which prompts need; copy the model's into the folder")
@@ -128,6 +132,7 @@ def main(argv=None) -> int:
                 say=say if args.stream else None,
             )
             held.enter_context(answers)
+            del loaded  # laid out, the weights are others
             if not work:
                 return few(answers, rows, args)
             answer_all(answers, work)

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from smoljax import atomic
+from smoljax import atomic, jobs
 from smoljax.errors import DataError, UsageError, require, run
 from smoljax.pairs import Row, blocks, lines
 
@@ -62,6 +62,8 @@ def main(argv=None) -> int:
     from smoljax.config import Compute, Mesh
 
     runtime.start()
+    count = max(jobs.share(None, None)[1], jax.process_count())
+    require(count == 1, f"{count} processes were started, and each would score all rows; start one, for all devices")
     found = weights.read(args.model)
     longest = args.seq_len or found.config.max_position_embeddings
     if longest > found.config.max_position_embeddings:

@@ -109,21 +109,28 @@ class Slots:
         return Slots(caches(model), *zeros, jnp.zeros(rows, jnp.uint32), *counts, history, mine)
 
 
-@functools.partial(jax.jit, static_argnames="places")
 def resized(slots: Slots, places: int) -> Slots:
-    """More places, or fewer where those left out hold nothing that is needed."""
+    """More places, or fewer where those left out hold nothing that is needed. The slots given are used up.
 
-    def one(a, axis):
-        a = jax.lax.slice_in_dim(a, 0, min(places, a.shape[axis]), axis=axis)
-        return jnp.pad(a, [(0, places - a.shape[i] if i == axis else 0) for i in range(a.ndim)])
+    Layer by layer, so that the old cache goes as the new one comes: both at once would be twice the memory.
+    """
 
-    def layer(c: Cache):
-        scales = [None if a is None else one(a, 1) for a in (c.k_scale, c.v_scale)]
-        return Cache(one(c.k, 2), one(c.v, 1), *scales)
+    def moved(layers: list[Cache]):
+        for i, c in enumerate(layers):
+            scales = [None if a is None else fitted(a, places, 1) for a in (c.k_scale, c.v_scale)]
+            layers[i] = Cache(fitted(c.k, places, 2), fitted(c.v, places, 1), *scales)
+        return tuple(layers)
 
-    draft = slots.draft and tuple(map(layer, slots.draft))
-    history = None if slots.history is None else one(slots.history, 1)
-    return replace(slots, cache=tuple(map(layer, slots.cache)), draft=draft, history=history)
+    cache, draft = list(slots.cache), slots.draft and list(slots.draft)
+    slots.cache = slots.draft = None
+    history = None if slots.history is None else fitted(slots.history, places, 1)
+    return replace(slots, cache=moved(cache), draft=draft and moved(draft), history=history)
+
+
+@functools.partial(jax.jit, static_argnames=("places", "axis"))
+def fitted(a, places: int, axis: int):
+    a = jax.lax.slice_in_dim(a, 0, min(places, a.shape[axis]), axis=axis)
+    return jnp.pad(a, [(0, places - a.shape[i] if i == axis else 0) for i in range(a.ndim)])
 
 
 def trunk(model: Served, tokens, rows, positions, cache):  # BT B BT -> BTD

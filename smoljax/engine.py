@@ -11,7 +11,7 @@ import numpy as np
 
 from smoljax import budget, decode
 from smoljax.config import Compute
-from smoljax.errors import require, whole
+from smoljax.errors import UsageError, require, whole
 from smoljax.layout import Served, lay_out
 from smoljax.request import Completion, Request, Row, at, checked
 from smoljax.sampling import Sampling
@@ -19,6 +19,10 @@ from smoljax.sampling import Sampling
 LONGEST = 512  # tokens of a prompt that are read at a time: scores of all heads against 8,192 places are 150 MB
 SHORTEST = 32
 PASSED = 1000  # places without a request that are gone past before rows at work go on
+
+
+class NoRoom(UsageError):
+    """Weights and cache are more than the device's memory: fewer rows at a time may have it."""
 
 
 class Engine:
@@ -31,7 +35,7 @@ class Engine:
       compute: its dtype alone matters here; of a model laid out it is that one's.
       cache: dtype of keys and values, or int8; by default compute's, on a CPU float32.
       drafts: tokens a round that are guessed and checked: by looking up, or by the small model `draft`.
-      rounds: that the device computes between two looks of the host.
+      rounds: that the device computes between two looks of the host, at most: no more than all rows may need.
       device: JAX's first by default.
     """
 
@@ -69,12 +73,15 @@ class Engine:
         if device is not None:
             self.model, self.draft = jax.device_put((self.model, self.draft), device)
         self.eos = ids(self.config.eos_token_id if eos is None else eos)
-        for id in (*self.eos, *(id for id, _ in sampling.logit_bias)):
+        for token in (*self.eos, *(token for token, _ in sampling.logit_bias)):
             V = self.config.vocab_size
-            require(0 <= id < V, f"token id {id} (eos or logit_bias) is none of the model's, 0 to {V - 1}")
+            require(0 <= token < V, f"token id {token} (eos or logit_bias) is none of the model's, 0 to {V - 1}")
         on_cpu = jax.default_backend() == "cpu"
         self.rounds = rounds or (8 if on_cpu else 32)
         self.budget = 512 if on_cpu else 8192  # tokens of prompts that are read at a time
+        arrays = {id(a): a for a in jax.tree.leaves((self.model, self.draft))}  # once: a million rows are checked
+        self.weight_bytes = sum(a.nbytes for a in arrays.values())
+        self.memory = budget.device_memory(self.device)
         self.stopped = False  # by another thread: then a run ends behind its next rounds
         self.at_work = False
 
@@ -95,7 +102,7 @@ class Engine:
                     self.advance()
                     yield from self.finished()
         finally:
-            self.at_work = False
+            self.at_work, self.state = False, None  # the cache is the largest of what is here
 
     def finished(self):
         yield from ((number, None) for number in self.passed)
@@ -121,16 +128,15 @@ class Engine:
             row.request = checked(self.config, request, row.name)
             self.waiting.append(row)
         while free and self.waiting:
-            first = self.waiting[0]
-            T, group = length(first), [first]
-            if len(first.request.prompt) <= LONGEST:  # all of one padded length together; or one, for two programs each
-                most = min(len(free), max(1, self.budget // T))
-                group = [row for row in self.waiting if length(row) == T and len(row.request.prompt) <= LONGEST][:most]
+            shape = T, _ = padded(self.waiting[0])  # all of one shape together
+            most = max(1, self.budget // T)
+            group = [row for row in self.waiting if padded(row) == shape][: min(len(free), most)]
+            size = next(n for n in (1, 4, 16, 64, 256, self.slots) if n >= len(group))  # a few, for few programs
             self.waiting = [row for row in self.waiting if row not in group]
             for row, slot in zip(group, free, strict=False):
                 self.rows[slot] = row
             self.resize(1 + max(len(row.request.prompt) for row in group))
-            self.begin(T, group, free[: len(group)], 1 if len(group) == 1 else min(self.slots, self.budget // T))
+            self.begin(T, group, free[: len(group)], min(size, self.slots, most))
             free = free[len(group) :]
         return any(self.rows) or bool(self.passed)
 
@@ -150,7 +156,7 @@ class Engine:
             for i in range(0, tokens.shape[1], T)
         ]
         read = []
-        for piece in pieces[:-1]:  # a prompt longer than T is alone
+        for piece in pieces[:-1]:  # of prompts longer than T, all of as many pieces
             args = (*piece, rows, self.sampling.logprobs)
             self.state, found = decode.extend(self.model, self.draft, self.state, *args)
             read.append(found)
@@ -177,12 +183,15 @@ class Engine:
 
     def advance(self):
         """Rounds for all slots, and what came of them to the rows."""
-        most = self.rounds * (1 + self.drafts)
+        # By what rows may have in all, not by what is left: else a job's end would compile a program of its own.
+        needed = max(row.request.max_new_tokens for row in self.rows if row) - 1
+        rounds = min(self.rounds, bucket(needed, 1))
+        most = rounds * (1 + self.drafts)
         self.resize(
             max(len(r.request.prompt) + min(len(r.tokens) + most, r.request.max_new_tokens) for r in self.rows if r)
         )
         self.state, tokens, found = decode.advance(
-            self.model, self.draft, self.state, self.rounds, self.drafts, self.sampling, self.eos
+            self.model, self.draft, self.state, rounds, self.drafts, self.sampling, self.eos
         )
         tokens, found = jax.device_get((tokens, found))
         for slot, row in enumerate(self.rows):
@@ -208,18 +217,17 @@ class Engine:
         self.places = places
 
     def check_memory(self, places: int):
-        """A UsageError where weights and cache cannot fit, before the device says it in its own words."""
-        weights = sum(a.nbytes for a in {id(a): a for a in jax.tree.leaves((self.model, self.draft))}.values())
-        cache = self.slots * sum(
-            budget.cache_bytes(m.config, places, self.cache) for m in (self.model, self.draft) if m
-        )
-        limit = budget.device_memory(self.device)
-        require(
-            weights + cache <= limit,
-            f"{self.slots} rows with {places:,} places need {cache / 1e9:.1f} GB beside weights of {weights / 1e9:.1f} "
-            f"GB; the device has {limit / 1e9:.1f}: take fewer rows at a time (--batch-size), shorter ones "
-            "(--max-new-tokens), or an int8 cache (--cache int8)",
-        )
+        """NoRoom where weights, cache and the scores of prompts cannot fit, before the device says it in its words."""
+        models = [m.config for m in (self.model, self.draft) if m]
+        cache = self.slots * sum(budget.cache_bytes(config, places, self.cache) for config in models)
+        # In f32, as decode.begin has them before and behind the softmax; of a prompt's tokens that are read at a time.
+        scores = 2 * 4 * self.budget * places * max(config.num_attention_heads for config in models)
+        if self.weight_bytes + cache + scores > self.memory:
+            raise NoRoom(
+                f"{self.slots} rows with {places:,} places need {(cache + scores) / 1e9:.1f} GB beside weights of "
+                f"{self.weight_bytes / 1e9:.1f} GB; the device has {self.memory / 1e9:.1f}: take fewer rows at a time "
+                "(--batch-size), shorter ones (--max-new-tokens), or an int8 cache (--cache int8)"
+            )
 
 
 def usual_cache(dtype: str) -> str:
@@ -237,9 +245,11 @@ def ids(eos) -> tuple[int, ...]:
     return tuple(sorted({whole(id, "eos") for id in (eos if isinstance(eos, Iterable) else (eos,))}))
 
 
-def length(row: Row) -> int:
-    """What a prompt, or a piece of a long one, is padded to."""
-    return min(LONGEST, bucket(len(row.request.prompt), SHORTEST))
+def padded(row: Row) -> tuple[int, int]:
+    """What a prompt is padded to, or each piece of a long one; and how many pieces it has."""
+    n = len(row.request.prompt)
+    T = min(LONGEST, bucket(n, SHORTEST))
+    return T, -(-n // T)
 
 
 def bucket(length: int, smallest: int) -> int:

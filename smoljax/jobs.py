@@ -49,6 +49,11 @@ def checked(count, its: str, mine, name: str) -> tuple[int, int]:
     return mine, count
 
 
+def digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def errors(output: Path) -> list[str]:
     """What is said of the rows that have no answer."""
     with open(output, "rb") as file:
@@ -63,9 +68,7 @@ class Job:
         self.source, self.output, self.process, self.processes = source, output, process, processes
         total = prompts.count(source)
         self.first, self.last = (total * p // processes for p in (process, process + 1))
-        with open(source, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.what = {"input": source.name, "sha256": digest, "rows": total, "processes": processes} | what
+        self.what = {"input": source.name, "sha256": digest(source), "rows": total, "processes": processes} | what
         self.part = self.named(process)
         self.complete = False
 
@@ -166,12 +169,21 @@ class Job:
         self.file.flush()
 
     def __exit__(self, kind, *_):
-        if self.file:
-            os.fsync(self.file.fileno())
-            self.file.close()
-            if kind is None:
-                os.replace(self.part, self.part.with_name(self.part.name + ".done"))
-        self.lock.__exit__(None, None, None)
+        with self.lock:
+            if self.file:
+                os.fsync(self.file.fileno())
+                self.file.close()
+                if kind is None:
+                    self.check_source()
+                    os.replace(self.part, self.part.with_name(self.part.name + ".done"))
+
+    def check_source(self):
+        """What was read is what the job is of: a file that lost its end while it was read would give fewer rows."""
+        if not self.source.is_file() or digest(self.source) != self.what["sha256"]:
+            raise DataError(
+                f"{self.source} is not what it was when the job began, and the rows in {self.part} are of no one file; "
+                "name a new --output"
+            )
 
     def join(self) -> bool:
         """Put the parts together, if this is the last process; whether the output is there."""

@@ -28,7 +28,7 @@ class Completion:
     prompt_logprobs: list | None = None  # the same of the prompt's tokens but the first, which follows nothing
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A request at work in a slot."""
 

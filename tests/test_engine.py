@@ -335,8 +335,12 @@ def test_int8_in_any_batch(shallow, weights, cache):
 def test_bfloat16(shallow):
     narrow = lay_out(loud(SHALLOW), "bfloat16", 1)
     batch = Engine(narrow, 3, compute=Compute(dtype="bfloat16"), cache="bfloat16", **GREEDY)
-    rows, full = results(batch, SHORT), results(Engine(shallow, 1, **GREEDY), SHORT)
+    running = batch.run(SHORT)
+    first = next(running)
     assert batch.state.cache[0].k.dtype == jnp.bfloat16
+    rows, full = dict([first, *running]), results(Engine(shallow, 1, **GREEDY), SHORT)
+    rows = [rows[i] for i in range(len(SHORT))]
+    assert batch.state is None  # the cache is gone with the run
     assert [len(row.tokens) for row in rows] == [request.max_new_tokens for request in SHORT]
     assert sum(row.tokens[0] == other.tokens[0] for row, other in zip(rows, full, strict=True)) >= 4
 
@@ -347,17 +351,17 @@ def test_bfloat16(shallow):
 def test_few_programs_for_1000_prompts():
     """begin: 5 lengths up to 512, alone or in a group, and 2 sizes of the cache; advance: 2 sizes of the cache."""
     small = lay_out(make(dataclasses.replace(SHALLOW, rms_norm_eps=1e-6)), "float32", 4)  # no other test's programs
-    random, sizes = np.random.default_rng(0), (decode.begin, decode.advance, decode.resized, decode.extend)
+    random, sizes = np.random.default_rng(0), (decode.begin, decode.advance, decode.fitted, decode.extend)
     before = [f._cache_size() for f in sizes]
     requests = [
         Request(prompt(int(n), i), 1 + i % 2) for i, n in enumerate([*random.integers(1, 250, 990), *[300] * 10])
     ]
     rows = results(Engine(small, 4, eos=(), rounds=2), requests)
     assert [len(row.tokens) for row in rows] == [1, 2] * 500
-    begin, advance, resized, extend = (f._cache_size() - n for f, n in zip(sizes, before, strict=True))
+    begin, advance, fitted, extend = (f._cache_size() - n for f, n in zip(sizes, before, strict=True))
     lengths = {bucket(len(r.prompt), 32) for r in requests}
     assert lengths == {32, 64, 128, 256, 512}
-    assert begin <= 2 * 2 * len(lengths) and advance <= 2 and resized <= 2 and extend == 0
+    assert begin <= 2 * 2 * len(lengths) and advance <= 2 and fitted <= 2 * 2 and extend == 0
 
 
 @pytest.mark.parametrize(
@@ -381,6 +385,53 @@ def test_few_dispatches(served, dispatches):
     dispatches.clear()
     assert len(results(Engine(served, 3, eos=rows[0].tokens[0], rounds=4), [Request([1], 13)])[0].tokens) == 1
     assert not dispatches
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the device is asked: for each call the program, and rows and tokens of prompts, or rounds."""
+    calls = []
+
+    def noted(name, size):
+        program = getattr(decode, name)
+        monkeypatch.setattr(decode, name, lambda *args: calls.append((name, size(args))) or program(*args))
+
+    noted("extend", lambda args: args[3].shape)
+    noted("begin", lambda args: args[3].shape)
+    noted("advance", lambda args: args[3])
+    return calls
+
+
+def test_long_prompts_are_read_together(shallow, monkeypatch, asked):
+    """As many pieces, as many rows: the last piece may be of any length."""
+    monkeypatch.setattr(engine, "LONGEST", 32)
+    requests = [Request(prompt(n, n), 4, n) for n in (70, 96, 40, 65, 33, 20, 97)]
+    options = dict(sampling=dataclasses.replace(SAMPLED, prompt_logprobs=True), eos=EOS, rounds=4)
+    batch = Engine(shallow, 8, **options)
+    batch.budget = 3 * 32
+    rows = results(batch, requests)
+    assert asked[:6] == [
+        *[("extend", (3, 32))] * 2, ("begin", (3, 32)),  # 70, 96 and 65
+        ("extend", (3, 32)), ("begin", (3, 32)),  # 40 and 33, and padding
+        ("begin", (1, 32)),
+    ]  # fmt: skip
+    assert asked[6:10] == [*[("extend", (1, 32))] * 3, ("begin", (1, 32))]
+    same(rows, results(Engine(shallow, 1, **options), requests))
+    for row, request in zip(rows, requests, strict=True):
+        assert len(row.prompt_logprobs) == len(request.prompt) - 1
+
+
+def test_no_more_rows_and_rounds_than_are_needed(shallow, asked):
+    """Rows that join are padded to 1, 4, 16, ... of them, and rounds end at the power of two that all rows may have."""
+    rows = results(Engine(shallow, 8, eos=(), rounds=16), [Request(prompt(n, n), 2) for n in (5, 6)])
+    assert asked == [("begin", (4, 32)), ("advance", 1)] and [len(row.tokens) for row in rows] == [2, 2]
+    asked.clear()
+    limits = (4, 1, 6, *[9] * 5)
+    rows = results(Engine(shallow, 8, eos=(), rounds=16), [Request(prompt(5, n), n) for n in limits])
+    assert asked == [("begin", (8, 32)), ("advance", 8)] and [len(row.tokens) for row in rows] == [*limits]
+    asked.clear()
+    results(Engine(shallow, 8, eos=(), rounds=16), [Request(prompt(5, 0), 40)])
+    assert asked == [("begin", (1, 32)), *[("advance", 16)] * 3]
 
 
 def test_the_cache_grows_and_shrinks(served, monkeypatch):

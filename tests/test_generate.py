@@ -23,7 +23,7 @@ from test_hf import train_tokenizer
 from test_model import CONFIG, make
 
 from infer import generate
-from smoljax import generation_config, hf, jobs, layout
+from smoljax import budget, generation_config, hf, jobs, layout
 from smoljax.answers import Answers
 from smoljax.errors import DataError, UsageError, run
 from smoljax.generation import complete
@@ -629,9 +629,64 @@ def test_files_that_cannot_be(folder, tmp_path):
         generate.main([*base[:-2], str(tmp_path / "no" / "out"), "--input", str(tmp_path / "in.txt")])
 
 
-def test_more_than_memory(folder, monkeypatch):
-    from smoljax import budget
+def test_a_pods_hosts_share_a_job(folder, tmp_path, monkeypatch, few_devices):
+    """Where JAX knows of several processes, as on a TPU pod, each takes its part; flags say more."""
+    few_devices(1)
+    write(tmp_path / "in.txt", TEXTS)
+    argv = [str(folder), "--input", str(tmp_path / "in.txt"), "--max-new-tokens", "2", "--output"]
+    assert generate.main([*argv, str(tmp_path / "one")]) == 0
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in (1, 0):
+        assert not (tmp_path / "two").exists()
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert generate.main([*argv, str(tmp_path / "two")]) == 0
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
+    assert generate.main([*argv, str(tmp_path / "alone"), "--num-processes", "1", "--process-id", "0"]) == 0
+    assert (tmp_path / "alone").exists()
 
+
+@pytest.mark.parametrize("left", ["def test\n", "def test\nanother\nreturn\nx  12\n", None])
+def test_a_file_that_changes_while_it_is_read(folder, tmp_path, capsys, monkeypatch, few_devices, left):
+    """Its rows are of no one file: no output, whether some are gone or are others."""
+    few_devices(1)
+    file, out = tmp_path / "in.txt", tmp_path / "out"
+    write(file, TEXTS)
+
+    def changing(*args):
+        file.write_text(left) if left else file.unlink(missing_ok=True)
+        return before(*args)
+
+    place, name = (generate, "engines") if left else (jobs.Job, "write")  # before it is read, or when it is open
+    before = getattr(place, name)
+    monkeypatch.setattr(place, name, changing)
+    argv = [str(folder), "--input", str(file), "--output", str(out), "--max-new-tokens", "2"]
+    assert run(generate.main, argv) == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "in.txt is not what it was when the job began" in last and not out.exists()
+    monkeypatch.undo()
+    if left:
+        assert run(generate.main, argv) == 2 and "is another job's (" in capsys.readouterr().err
+
+
+def test_a_row_without_room_ends_the_job_and_fewer_at_a_time_go_on(folder, tmp_path, capsys, monkeypatch, few_devices):
+    """It is no error of the row: behind those that are done, the same command with a smaller --batch-size goes on."""
+    few_devices(1)
+    write(tmp_path / "in.jsonl", [{"prompt": "def", "max_new_tokens": n} for n in (*[3] * 9, 1500, 3)])
+    argv = [str(folder), "--input", str(tmp_path / "in.jsonl"), "--ignore-eos", "--output"]
+    assert generate.main([*argv, str(tmp_path / "whole"), "--batch-size", "2"]) == 0
+    weights = sum(w.nbytes for w in jax.tree.leaves(layout.lay_out(make(), "float32", 1)))
+    scores = 2 * 4 * 512 * CONFIG.num_attention_heads * 2048
+    two = weights + scores + 2 * budget.cache_bytes(CONFIG, 2048, "float32")
+    monkeypatch.setattr(budget, "device_memory", lambda _: two)
+    capsys.readouterr()
+    assert run(generate.main, [*argv, str(tmp_path / "out"), "--batch-size", "4"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("smoljax: row 10: 4 rows with 2,048 places need") and "--batch-size" in last
+    assert run(generate.main, [*argv, str(tmp_path / "out"), "--batch-size", "2"]) == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_more_than_memory(folder, monkeypatch):
     monkeypatch.setattr(budget, "device_memory", lambda _: 1_000)
     with pytest.raises(
         UsageError, match="rows with 256 places need .* GB beside .*--batch-size.*--max-new-tokens.*int8"

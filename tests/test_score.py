@@ -376,6 +376,20 @@ def test_a_row_that_cannot_be_scored_is_said_in_its_place(model, folder, capsys,
     np.testing.assert_allclose(row["loglikelihoods"], alone, atol=1e-5)
 
 
+def test_several_processes_are_refused(folder, tmp_path, capsys, monkeypatch):
+    (folder / "few.jsonl").write_text(lines(GOOD[0]))
+    argv = [str(folder / "hf"), "--input", str(folder / "few.jsonl")]
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_STEP_NUM_TASKS", "8")
+        patch.setenv("SLURM_PROCID", "0")
+        assert run(program.main, argv) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 4)
+        assert run(program.main, argv) == 2
+    said = capsys.readouterr().err
+    assert "8 processes were started" in said and "4 processes were started" in said
+
+
 def test_files_that_are_none(folder, capsys, tmp_path):
     """A pipe gives its rows once; nothing beside the output is touched, and a link's file gets the rows."""
     rows = lines(*GOOD[:3] * 30)
