@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import jax
 
 from smoljax import chat, engine
-from smoljax.engine import Engine, NoRoom
+from smoljax.engine import Engine
 from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.prompts import NoRow
 from smoljax.request import Completion, Request, checked
@@ -81,9 +81,8 @@ class Answers:
     def run(self, rows: Iterable[dict], strict: bool = False, before: int = 0) -> Iterator[dict]:
         """Each row with what was given for it, in order, as soon as those before it are done.
 
-        A row that cannot be has an "error" in place of a text; where `strict`, that ends it all, and so does one that
-        the device has no room for. `before`: so many rows went before, for messages; a row's own error does not say
-        which row it is of.
+        A row that cannot be has an "error" in place of a text; where `strict`, that ends it all. `before`: so many rows
+        went before, for messages; a row's own error does not say which row it is of.
         """
         at_work, ready, places, following = {}, {}, {}, 0
         numbers = itertools.count()
@@ -94,7 +93,7 @@ class Answers:
                 try:
                     row, wanted = self.request(given)
                 except Error as e:
-                    if strict or isinstance(e, NoRoom):  # with fewer rows at a time the same job goes on
+                    if strict:
                         raise type(e)(f"{name}: {e}") from None
                     ready[i], places[next(numbers)] = given | {"error": str(e)}, (i, 0)
                     yield None

@@ -11,7 +11,7 @@ import numpy as np
 
 from smoljax import budget, decode
 from smoljax.config import Compute
-from smoljax.errors import UsageError, require, whole
+from smoljax.errors import require, whole
 from smoljax.layout import Served, lay_out
 from smoljax.request import Completion, Request, Row, at, checked
 from smoljax.sampling import Sampling
@@ -19,10 +19,6 @@ from smoljax.sampling import Sampling
 LONGEST = 512  # tokens of a prompt that are read at a time: scores of all heads against 8,192 places are 150 MB
 SHORTEST = 32
 PASSED = 1000  # places without a request that are gone past before rows at work go on
-
-
-class NoRoom(UsageError):
-    """Weights and cache are more than the device's memory: fewer rows at a time may have it."""
 
 
 class Engine:
@@ -217,17 +213,17 @@ class Engine:
         self.places = places
 
     def check_memory(self, places: int):
-        """NoRoom where weights, cache and the scores of prompts cannot fit, before the device says it in its words."""
+        """A UsageError where weights, cache and the scores of prompts cannot fit, before the device says it itself."""
         models = [m.config for m in (self.model, self.draft) if m]
         cache = self.slots * sum(budget.cache_bytes(config, places, self.cache) for config in models)
         # In f32, as decode.begin has them before and behind the softmax; of a prompt's tokens that are read at a time.
         scores = 2 * 4 * self.budget * places * max(config.num_attention_heads for config in models)
-        if self.weight_bytes + cache + scores > self.memory:
-            raise NoRoom(
-                f"{self.slots} rows with {places:,} places need {(cache + scores) / 1e9:.1f} GB beside weights of "
-                f"{self.weight_bytes / 1e9:.1f} GB; the device has {self.memory / 1e9:.1f}: take fewer rows at a time "
-                "(--batch-size), shorter ones (--max-new-tokens), or an int8 cache (--cache int8)"
-            )
+        require(
+            self.weight_bytes + cache + scores <= self.memory,
+            f"{self.slots} rows with {places:,} places need {(cache + scores) / 1e9:.1f} GB beside weights of "
+            f"{self.weight_bytes / 1e9:.1f} GB; the device has {self.memory / 1e9:.1f}: take fewer rows at a time "
+            "(--batch-size), shorter ones (--max-new-tokens), or an int8 cache (--cache int8)",
+        )
 
 
 def usual_cache(dtype: str) -> str:

@@ -23,7 +23,7 @@ from test_hf import train_tokenizer
 from test_model import CONFIG, make
 
 from infer import generate
-from smoljax import budget, generation_config, hf, jobs, layout
+from smoljax import generation_config, hf, jobs, layout
 from smoljax.answers import Answers
 from smoljax.errors import DataError, UsageError, run
 from smoljax.generation import complete
@@ -668,25 +668,9 @@ def test_a_file_that_changes_while_it_is_read(folder, tmp_path, capsys, monkeypa
         assert run(generate.main, argv) == 2 and "is another job's (" in capsys.readouterr().err
 
 
-def test_a_row_without_room_ends_the_job_and_fewer_at_a_time_go_on(folder, tmp_path, capsys, monkeypatch, few_devices):
-    """It is no error of the row: behind those that are done, the same command with a smaller --batch-size goes on."""
-    few_devices(1)
-    write(tmp_path / "in.jsonl", [{"prompt": "def", "max_new_tokens": n} for n in (*[3] * 9, 1500, 3)])
-    argv = [str(folder), "--input", str(tmp_path / "in.jsonl"), "--ignore-eos", "--output"]
-    assert generate.main([*argv, str(tmp_path / "whole"), "--batch-size", "2"]) == 0
-    weights = sum(w.nbytes for w in jax.tree.leaves(layout.lay_out(make(), "float32", 1)))
-    scores = 2 * 4 * 512 * CONFIG.num_attention_heads * 2048
-    two = weights + scores + 2 * budget.cache_bytes(CONFIG, 2048, "float32")
-    monkeypatch.setattr(budget, "device_memory", lambda _: two)
-    capsys.readouterr()
-    assert run(generate.main, [*argv, str(tmp_path / "out"), "--batch-size", "4"]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("smoljax: row 10: 4 rows with 2,048 places need") and "--batch-size" in last
-    assert run(generate.main, [*argv, str(tmp_path / "out"), "--batch-size", "2"]) == 0
-    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
 def test_more_than_memory(folder, monkeypatch):
+    from smoljax import budget
+
     monkeypatch.setattr(budget, "device_memory", lambda _: 1_000)
     with pytest.raises(
         UsageError, match="rows with 256 places need .* GB beside .*--batch-size.*--max-new-tokens.*int8"
