@@ -216,7 +216,7 @@ class Engine:
         """A UsageError where weights, cache and the scores of prompts cannot fit, before the device says it itself."""
         models = [m.config for m in (self.model, self.draft) if m]
         cache = self.slots * sum(budget.cache_bytes(config, places, self.cache) for config in models)
-        # In f32, as decode.begin has them before and behind the softmax; of a prompt's tokens that are read at a time.
+        # In f32, as attend_cached has them before and behind the softmax, of the prompts that are read at a time.
         scores = 2 * 4 * self.budget * places * max(config.num_attention_heads for config in models)
         require(
             self.weight_bytes + cache + scores <= self.memory,
