@@ -18,7 +18,7 @@ import json
 import sys
 from pathlib import Path
 
-from smoljax import generation_config, jobs, prompts
+from smoljax import generation_config, jobs, row_files
 from smoljax.errors import DataError, UsageError, require, run
 
 FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
@@ -94,14 +94,14 @@ def main(argv=None) -> int:
         rows = list(chat.read_messages(args.messages))
         require(bool(rows), f"{args.messages} holds no conversation; give one a line")
     if args.input:
-        prompts.count(Path(args.input))
+        row_files.count(Path(args.input))
     runtime.start()
     if processes == (0, 1) and args.num_processes is None:
         processes = jax.process_index(), jax.process_count()  # a TPU pod's hosts find each other
     loaded = weights.read(args.model)
     if loaded.tokenizer is None:
         raise UsageError(f"{args.model} has no tokenizer.json, which prompts need; copy the model's into the folder")
-    first = next(filter(asks, prompts.rows(Path(args.input)) if args.input else rows), {})  # a bad row tells nothing
+    first = next(filter(asks, row_files.rows(Path(args.input)) if args.input else rows), {})  # a bad row tells nothing
     conversations = args.chat or first.get("messages") is not None
     settings = asked(args, flags, loaded)
     own = {name: settings.pop(name, default) for name, default in (("stop_strings", ()), ("max_new_tokens", 64))}
@@ -206,7 +206,7 @@ def answer_all(answers, work: jobs.Job):
 
     if work.begin > work.first:
         print(f"smoljax: goes on behind the {work.begin - work.first} rows that are done", file=sys.stderr)
-    rows = itertools.islice(prompts.rows(work.source), work.begin, work.last)
+    rows = itertools.islice(row_files.rows(work.source), work.begin, work.last)
     answers.at(work.kept["begun"])
     with (
         contextlib.closing(answers.run(rows, before=work.begin)) as found,

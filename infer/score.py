@@ -21,7 +21,8 @@ from pathlib import Path
 
 from smoljax import atomic, jobs
 from smoljax.errors import DataError, UsageError, require, run
-from smoljax.pairs import Row, blocks, lines
+from smoljax.pairs import Row, blocks
+from smoljax.row_files import line_rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +52,9 @@ def main(argv=None) -> int:
     clash = args.output and Path(args.output).resolve() == Path(args.input).resolve()
     require(not clash, f"--output {args.output} is the input; name another file")
     require(not args.output or not Path(args.output).is_dir(), f"--output {args.output} is a folder; name a file in it")
-    rows = lines(args.input)
+    columns = Path(args.input).suffix == ".parquet"
+    require(not columns, f"--input {args.input} is of columns, and rows are scored from JSON lines; write it as such")
+    rows = line_rows(args.input)
     start = next(rows, None)  # which a pipe gives once
     if start is None:
         raise DataError(f"{args.input} holds no row; give one a line, such as " + __doc__.splitlines()[2].strip())

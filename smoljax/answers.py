@@ -12,7 +12,7 @@ import jax
 from smoljax import chat, engine
 from smoljax.engine import Engine
 from smoljax.errors import DataError, Error, UsageError, require
-from smoljax.prompts import NoRow
+from smoljax.row_files import NoRow
 from smoljax.request import Completion, Request, checked
 from smoljax.streaming import HALF, Text
 from smoljax.template import Template, check_messages

@@ -1,14 +1,12 @@
 """Messages to text by a chat template, and to ids; template.py renders."""
 
-import contextlib
-import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from smoljax import strict_json
 from smoljax.errors import DataError
-from smoljax.template import TEXT_LIMIT, check_messages
+from smoljax.row_files import NoRow, line_rows
+from smoljax.template import check_messages
 
 # The templates of the published models, SmolLM2's word for word; SmolLM has no system prompt of its own.
 _LOOP, _SYSTEM = "{% for message in messages %}", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -66,29 +64,20 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def read_messages(file: str | Path) -> Iterator[dict]:
     """The rows of a JSONL file, each with "messages": where a row has none, its "prompt" is a user's one message."""
-    with contextlib.ExitStack() as stack:
+    for number, row in line_rows(file):
         try:
-            lines = stack.enter_context(open(file, "rb"))
-        except OSError as e:
-            raise DataError(f"{file} cannot be read ({e.strerror})") from None
-        for number in itertools.count(1):
-            if not (line := lines.readline(TEXT_LIMIT + 1)):
-                return
-            try:
-                if line.strip():
-                    yield conversation(line)
-            except DataError as e:
-                raise DataError(f"{file} line {number}: {e}") from None
+            if isinstance(row, NoRow):
+                raise DataError(row["error"])
+            yield conversation(row)
+        except DataError as e:
+            raise DataError(f"{file} line {number}: {e}") from None
 
 
-def conversation(line: bytes) -> dict:
-    if len(line) > TEXT_LIMIT:
-        raise DataError(f"more than {TEXT_LIMIT:,} bytes, expected at most that for a conversation")
-    found = strict_json.row(line)
-    if not {"messages", "prompt"} & set(found):
+def conversation(row: dict) -> dict:
+    if not {"messages", "prompt"} & set(row):
         raise DataError('expected {"messages": [...]} or {"prompt": text}')
-    messages = found.get("messages")
+    messages = row.get("messages")
     if messages is None:
-        messages = [{"role": "user", "content": found.get("prompt")}]
+        messages = [{"role": "user", "content": row.get("prompt")}]
     check_messages(messages)
-    return found | {"messages": messages}
+    return row | {"messages": messages}

@@ -23,11 +23,13 @@ import numpy as np
 
 from smoljax import atomic
 from smoljax import tokenizer as tok
+from smoljax.corpus import Source
 from smoljax.errors import DataError, Error
 from smoljax.shards import FORMAT, VERSION, sha256
-from smoljax.text import Source, accepted, check_refused
+from smoljax.text import accepted, check_refused
 
 TASK = 64 << 20  # input bytes of one shard
+NOTHING = "the inputs hold no documents: nothing to write"
 
 
 @dataclass
@@ -246,7 +248,7 @@ def describe(reader: Reader, out: Path, tokenizer, settings: dict, ignored: list
     refused = [entry for ledger in ledgers for entry in ledger["refused"]]
     check_refused(refused, reader.max_bad)
     if not sum(good):
-        raise DataError("the inputs hold no documents: nothing to write")
+        raise DataError(NOTHING)
     itemsize = 2 if (vocab_size := tokenizer.get_vocab_size()) <= 1 << 16 else 4  # datatrove's rule
 
     def shard(rank: int) -> tuple[dict, int]:

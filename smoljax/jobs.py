@@ -1,4 +1,4 @@
-"""A batch job's output: a result for each row of prompts.py, in order, each once, whatever is killed in between.
+"""A batch job's output: a result for each row of row_files.py, in order, each once, whatever is killed in between.
 
 OUT.part-I-of-P    what process I of P has so far, in order: a job that is started again goes on behind its last line;
                    OUT.part-I-of-P.done when it has all
@@ -17,7 +17,7 @@ import shutil
 import time
 from pathlib import Path
 
-from smoljax import atomic, prompts
+from smoljax import atomic, row_files
 from smoljax.errors import DataError, UsageError, require
 
 PATIENCE = 600  # s to wait for another process of the job
@@ -66,7 +66,7 @@ class Job:
 
     def __init__(self, source: Path, output: Path, what: dict, process: int, processes: int):
         self.source, self.output, self.process, self.processes = source, output, process, processes
-        total = prompts.count(source)
+        total = row_files.count(source)
         self.first, self.last = (total * p // processes for p in (process, process + 1))
         self.what = {"input": source.name, "sha256": digest(source), "rows": total, "processes": processes} | what
         self.part = self.named(process)

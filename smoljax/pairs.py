@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from smoljax import strict_json
 from smoljax.errors import DataError, UsageError
+from smoljax.row_files import NoRow
 
 FORMS = ("continuation", "choices", "text", "continuation_ids")  # the key that tells a row's kind
 OUT = {"line", "error", "loglikelihood", "loglikelihoods", "tokens", "is_greedy", "logprobs", "bytes", "truncated"}
 OUT |= {"best", "best_per_character", "best_per_byte", "acc", "acc_norm", "acc_bytes"}
 BLOCK = 1024  # continuations that are sorted by length, scored and written at a time
-LIMIT = 64 << 20  # bytes of a line
 
 
 class Row(NamedTuple):
@@ -26,35 +25,21 @@ class Row(NamedTuple):
         return {k: v for k, v in self.given.items() if k not in (*FORMS, "context", "context_ids")}
 
 
-def lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, and their numbers."""
-    try:
-        with open(file, "rb") as stream:
-            number = 0
-            while line := stream.readline(LIMIT + 1):
-                number += 1
-                if len(line) > LIMIT:
-                    raise DataError(f"{file} line {number} has more than {LIMIT >> 20} MB, expected a row a line")
-                if line.strip():
-                    yield number, line
-    except OSError as e:
-        raise DataError(f"{file} cannot be read ({e.strerror})") from None
-
-
-def blocks(rows: Iterable[tuple[int, bytes]], found, longest: int, truncate: bool) -> Iterator[list[Row]]:
+def blocks(rows: Iterable[tuple[int, dict]], found, longest: int, truncate: bool) -> Iterator[list[Row]]:
     """About BLOCK pairs at a time.
 
     Args:
-      rows: as `lines` gives them.
+      rows: as row_files.line_rows gives them.
       found: the weights.Weights that will score them.
       longest: positions that the model may see.
       truncate: whether a context too long loses its beginning; else it is an error of its row.
     """
     block, pairs = [], 0
-    for number, line in rows:
-        given, form = {}, ""
+    for number, given in rows:
+        form = ""
         try:
-            given = strict_json.row(line)
+            if isinstance(given, NoRow):
+                raise DataError(given["error"])
             form = kind(given)
             made, truncated = encoded(given, form, found, longest, truncate)
             block.append(Row(number, given, form, made, truncated))

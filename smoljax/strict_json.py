@@ -1,29 +1,56 @@
 """JSON as all readers agree on it: no key twice in an object, no NaN or infinity, no half of a surrogate pair."""
 
-import collections
 import json
+import math
 
 from smoljax.errors import DataError
+
+DEPTH = 500  # of objects and lists; Python's own limit depends on its version and on who calls
 
 
 def loads(content: bytes):
     """What it holds; a byte order mark before it is nothing. ValueError, whose text says what is wrong."""
-
-    def unique(pairs):
-        counts = collections.Counter(key for key, _ in pairs)
-        if twice := [key for key, n in counts.items() if n > 1]:
-            raise ValueError(f"it holds {twice[0]!r} twice; remove one of the two")
-        return dict(pairs)
-
-    def constant(name):
-        raise ValueError(f"{name} is no JSON")
-
+    text = content.decode("utf-8-sig")
     try:
-        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=constant)
-        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()  # 1e999 and "\ud800" are found here
+        found = DECODER.decode(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # half a pair is found here
+        if text.count("[") + text.count("{") > DEPTH and depth(found) > DEPTH:
+            raise RecursionError
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except ValueError as e:
+        if "integer string conversion" in str(e):  # Python's own sentence tells how to set Python
+            raise ValueError("it holds a whole number of more than 4,300 digits") from None
+        raise
     return found
+
+
+def unique(pairs: list) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in found if names.count(key) > 1)
+        raise ValueError(f"it holds {twice!r:.100} twice; remove one of the two")
+    return found
+
+
+def constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits:.60} is beyond what a number can be")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
+
+
+def depth(value) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
 
 def row(line: bytes) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from smoljax import chat
+from smoljax import chat, row_files
 from smoljax import tokenizer as tok
 from smoljax.config import SIZES
 from smoljax.errors import DataError
@@ -292,7 +292,8 @@ def test_messages_are_checked(messages, words):
         template.render(messages)
 
 
-def test_read_messages(tmp_path):
+def test_read_messages(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "LIMIT", 1000)
     file = tmp_path / "m.jsonl"
     file.write_text(
         json.dumps({"messages": CONVERSATIONS[1], "seed": 3})
@@ -307,14 +308,14 @@ def test_read_messages(tmp_path):
     good = b'{"prompt": "x"}\n'
     for line, words in (
         (b"{", "line 2: not JSON"),
-        (b"[" * 100_000, "line 2: not JSON"),
+        (b"[" * 990, "line 2: not JSON"),
         (b'"\xff"', "line 2: not UTF-8 text (byte 1)"),
         (b"[]", "line 2: a JSON list, expected an object"),
         (b"{}", "line 2: expected {"),
         (b'{"prompt": 1}', "line 2: message 0: content is 1"),
         (b'{"messages": []}', "line 2: a conversation is []"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: not Unicode text"),
-        (b'"' + b"x" * (17 << 20), "line 2: more than 16,777,216 bytes"),
+        (b'"' + b"x" * 1000, "line 2: longer than 64 MB, cut it up"),
     ):
         file.write_bytes(good + line)
         found = chat.read_messages(file)

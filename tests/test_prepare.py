@@ -16,7 +16,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
-from smoljax import encode, text
+from smoljax import encode, row_files
 from smoljax import tokenizer as tok
 from smoljax.errors import DataError, UsageError
 from smoljax.shards import Shards
@@ -110,18 +110,21 @@ def test_every_format_gives_the_same_documents(go, tmp_path, tokenizer):
 def test_the_manifest_accounts_for_everything(go, tmp_path, tokenizer):
     put(tmp_path / "in/a.jsonl", LINES)
     put(tmp_path / "in/b/c.txt", "\ufeffx")  # the mark at the beginning is no text
-    put(tmp_path / "in/b/empty.py", "")
+    put(tmp_path / "in/b/empty.py", "")  # has no document to refuse
+    put(tmp_path / "in/b/latin.md", b"caf\xe9")
     put(tmp_path / "in/b/picture.png", b"\x89")
     os.symlink(tmp_path / "in/b", tmp_path / "in/loop")
     summary = go(tmp_path / "in", max_bad=1)
     found = manifest(tmp_path / "out")
     assert found["documents_in"] == len(TEXTS) + 2 == found["documents"] + len(found["refused"])
-    assert found["refused"] == [{"where": "b/empty.py:1", "why": "empty"}] and summary["refused"] == 1
+    (refused,) = found["refused"]
+    assert refused["where"] == "b/latin.md:1" and "not UTF-8" in refused["why"] and summary["refused"] == 1
     assert found["ignored_files"] == ["b/picture.png", "loop"]
     assert [(s["file"], s["documents"]) for s in found["sources"]] == [
         ("a.jsonl", 123),
         ("b/c.txt", 1),
         ("b/empty.py", 0),
+        ("b/latin.md", 0),
     ]
     assert found["eos_token"] == "<|endoftext|>" and found["eos_token_id"] == 0
     assert found["vocab_size"] == 320 and found["dtype"] == "uint16"
@@ -175,21 +178,18 @@ def test_a_bad_line_is_named_and_takes_no_other_with_it(go, tmp_path, tokenizer,
         go(tmp_path / "in")  # up to date, and still one too many
 
 
-def test_bad_parquet_rows_and_blank_lines_are_named(tmp_path):
+def test_bad_parquet_rows_and_bad_text_are_named(tmp_path):
     raw = pa.array([b"ok", b"\xff", None, b""], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     found = [(line, why) for line, _, why, _ in documents(tmp_path / "a.parquet", "text") if why]
     assert [line for line, _ in found] == [2, 3, 4] and [why[:5] for _, why in found] == ["not U", "null", "empty"]
-    file = put(tmp_path / "a.jsonl", b'{"text": "x"}\n\n{"text": "y"}\r\n')
-    assert [why for *_, why, _ in documents(file, "text")] == [None, "empty", None]
     file = put(tmp_path / "a.txt", b"one\ntwo\xff")
     assert [(line, why[:9]) for line, _, why, _ in documents(file, "text")] == [(2, "not UTF-8")]
-    assert [why for *_, why, _ in documents(put(tmp_path / "b.jsonl", b""), "text")] == ["no document in the file"]
 
 
 def test_a_bomb_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "LIMIT", 1000)
+    monkeypatch.setattr(row_files, "LIMIT", 1000)
     bomb = put(
         tmp_path / "a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' + b"0" * 5_000_000 + b"\n" + b'{"text": "b"}')
     )

@@ -321,7 +321,7 @@ def test_a_row_that_cannot_be_scored_is_said_in_its_place(model, folder, capsys,
         ('{"context": "a", "continuation": "\\ud800"}', "not Unicode text"),
         ('{"context": "a", "context": "b", "continuation": "c"}', "it holds 'context' twice"),
         ('{"context": "a", "continuation": "c", "x": NaN}', "NaN is no JSON"),
-        ('{"context": "a", "continuation": "c", "x": 1e999}', "not JSON (Out of range float"),
+        ('{"context": "a", "continuation": "c", "x": 1e999}', "not JSON (1e999 is beyond"),
         ({"text": "a", "context": "b"}, "'context' is not for a row with 'text'"),
         (
             {"context": "a", "context_ids": [1], "continuation": "b"},
@@ -419,6 +419,7 @@ def test_mistakes_are_one_sentence(folder, capsys, tmp_path):
         (tmp_path / "bare" / file).write_bytes((folder / "hf" / file).read_bytes())
     for argv, code, sentence in [
         ([here, "--input", tmp_path / "none.jsonl"], 3, "none.jsonl cannot be read (No such file or directory)"),
+        ([here, "--input", tmp_path / "some.parquet"], 2, "some.parquet is of columns, and rows are scored from JSON"),
         ([here, "--input", tmp_path / "empty.jsonl"], 3, "empty.jsonl holds no row; give one a line, such as {"),
         ([here, "--input", tmp_path], 3, "cannot be read (Is a directory)"),
         ([tmp_path / "none", "--input", one], 2, "there is no"),

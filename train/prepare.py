@@ -21,10 +21,11 @@ from pathlib import Path
 
 from smoljax import atomic, executors, runtime
 from smoljax import tokenizer as tok
-from smoljax.encode import TASK, Reader, deal, describe, publish, say
+from smoljax.corpus import Source, find, look
+from smoljax.encode import NOTHING, TASK, Reader, deal, describe, publish, say
 from smoljax.errors import DataError, UsageError, run
 from smoljax.shards import FORMAT, VERSION, Shards
-from smoljax.text import Source, accepted, check_refused, find, look
+from smoljax.text import RULES, accepted, check_refused
 
 
 @contextmanager
@@ -60,13 +61,17 @@ def up_to_date(out: Path, key: str) -> dict | None:
 
 def train_tokenizer(sources: list[Source], args, path: Path) -> None:
     """Learn from the very documents that will be encoded; too many bad ones end here, before the long part."""
-    refused = []
+    refused, good = [], 0
 
     def texts():
+        nonlocal good
         for source in sources:
             for _, text, _ in accepted(source, args.text_key, refused, args.max_bad):
+                good += 1
                 yield text
         check_refused(refused, args.max_bad)
+        if not good:
+            raise DataError(NOTHING)
 
     say(f"training a tokenizer of {args.train_tokenizer} ids")
     temporary = path.with_name("tokenizer.json.tmp")
@@ -95,7 +100,7 @@ def prepare(args, out: Path, files: dict[str, Path], ignored: list[str]) -> tupl
     settings |= {"train_tokenizer": args.train_tokenizer} if args.train_tokenizer else {}
     settings["tokenizer"] = None if args.train_tokenizer else tok.sha256(args.tokenizer)
     settings["versions"] = {name: version(name) for name in ("datatrove", "tokenizers", "numpy")}
-    identity = [VERSION, settings, [(source.name, source.bytes, source.sha256) for source in sources], ignored]
+    identity = [VERSION, RULES, settings, [(source.name, source.bytes, source.sha256) for source in sources], ignored]
     settings["key"] = key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     if manifest := up_to_date(out, key):
         check_refused(manifest["refused"], args.max_bad)
@@ -144,7 +149,7 @@ def parse(argv):
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or a folder that holds one")
     parser.add_argument("--train-tokenizer", metavar="V", type=natural, help="learn a tokenizer of V ids from the text")
     parser.add_argument("--text-key", metavar="KEY", default="text", help="JSON key or parquet column (default: text)")
-    bad = "go on with up to N documents refused: not UTF-8, not JSON, empty (default: 0)"
+    bad = "go on with up to N documents refused: not UTF-8, not JSON, an empty text (default: 0)"
     parser.add_argument("--max-bad", metavar="N", type=natural, default=0, help=bad)
     tasks = "tasks at once (default: one a core; on a cluster: all); the shards do not depend on it"
     parser.add_argument("--workers", metavar="N", type=natural, help=tasks)
@@ -187,7 +192,9 @@ def report(manifest: dict, out: Path, seconds: float, current: bool, as_json: bo
         return
     count = f"{documents:,} document{'s' * (documents != 1)}"
     print(f"{count}, {tokens:,} tokens, {size:,} bytes of text ({size / tokens:.2f} a token)")
-    for what, names in ("refused", [f"{r['where']} ({r['why']})" for r in refused]), ("ignored", ignored):
+    bare = [source["file"] for source in manifest["sources"] if not source["documents"]]
+    lists = {"refused": [f"{r['where']} ({r['why']})" for r in refused], "without a document": bare}
+    for what, names in (lists | {"left aside": ignored}).items():
         if names:
             more = ", ... (all in manifest.json)" if len(names) > 3 else ""
             print(f"{len(names):,} {what}: {', '.join(names[:3])}{more}")
