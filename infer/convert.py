@@ -103,6 +103,7 @@ def write(source, folder, args, dtype: str):
     else:
         checkpoint.save_model(folder, exchange.assemble(source, dtype), source.config)
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)  # additional_chat_templates/
         atomic.write(folder / name, content)
 
 

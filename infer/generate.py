@@ -83,7 +83,8 @@ def main(argv=None) -> int:
     import jax
 
     from smoljax import chat, runtime, weights
-    from smoljax.answers import Answers, turn_ends
+    from smoljax.answers import Answers
+    from smoljax.renderer import Renderer
     from smoljax.sampling import Sampling
 
     bias = tuple(map(pair, args.logit_bias))
@@ -108,12 +109,9 @@ def main(argv=None) -> int:
     stop, limit = tuple(args.stop or own["stop_strings"]), args.max_new_tokens or own["max_new_tokens"]
     how = Sampling(**settings | {"logit_bias": bias})
     require(args.n == 1 or how.temperature > 0, f"--n {args.n} samples are one at temperature 0; give --temperature")
-    if args.eos:
-        eos = tuple(args.eos)
-    else:
-        eos = () if args.ignore_eos else turn_ends(loaded) if conversations else None
     with contextlib.ExitStack() as held:
-        work = None
+        work, renderer = None, held.enter_context(Renderer(loaded)) if conversations else None
+        eos = ending(args, loaded, renderer)
         if args.input:
             found = {"settings": settings, "source": loaded.source, "weights": weights.digest(loaded), "stop": stop}
             found |= {"max_new_tokens": limit, "eos": eos, "platform": jax.default_backend()}
@@ -122,7 +120,7 @@ def main(argv=None) -> int:
             answers = Answers(
                 loaded,
                 engines(args, loaded, how, eos, len(rows), work),
-                conversations=conversations,
+                renderer=renderer,
                 chat=args.chat,
                 system=args.system,
                 max_new_tokens=limit,
@@ -131,12 +129,18 @@ def main(argv=None) -> int:
                 stop=stop,
                 say=say if args.stream else None,
             )
-            held.enter_context(answers)
             del loaded  # laid out, the weights are others
             if not work:
                 return few(answers, rows, args)
             answer_all(answers, work)
     return joined(work)
+
+
+def ending(args, loaded, renderer) -> tuple[int, ...]:
+    """The ids that end a row: the model's own and the tokenizer's eos, of an answer the template's end of turn, too."""
+    if args.eos or args.ignore_eos:
+        return tuple(args.eos or ())
+    return tuple(dict.fromkeys((*loaded.ends, *(renderer.turn_ends() if renderer else ()))))
 
 
 def job(args, found: dict, processes: tuple[int, int]) -> jobs.Job:
@@ -187,7 +191,7 @@ def few(answers, rows: list[dict], args) -> int:
         if args.json:
             print(json.dumps(row))
             continue
-        asked = "" if answers.conversations else row["prompt"]
+        asked = "" if answers.renderer else row["prompt"]
         if args.stream:
             print()
             continue
@@ -207,7 +211,8 @@ def answer_all(answers, work: jobs.Job):
     if work.begin > work.first:
         print(f"smoljax: goes on behind the {work.begin - work.first} rows that are done", file=sys.stderr)
     rows = itertools.islice(row_files.rows(work.source), work.begin, work.last)
-    answers.at(work.kept["begun"])
+    if answers.renderer:
+        answers.renderer.at(work.kept["begun"])
     with (
         contextlib.closing(answers.run(rows, before=work.begin)) as found,
         Progress(work.last - work.first, work.begin - work.first) as progress,
@@ -232,9 +237,8 @@ def joined(work: jobs.Job) -> int:
 
 def asked(args, flags: dict, loaded) -> dict:
     """The flags, and what generation_config.json says beside them."""
-    own = {} if args.no_generation_config else generation_config.defaults(loaded.files, loaded.source)
-    if flags.get("temperature") == 0:
-        own = {key: value for key, value in own.items() if key not in generation_config.SAMPLED}
+    given = flags | ({"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {})
+    own = {} if args.no_generation_config else generation_config.defaults(loaded.files, loaded.source, given)
     settings = own | flags
     used = {key: value for key, value in own.items() if settings[key] is value}
     if used:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 
 import jax
 
-from smoljax import chat, engine
+from smoljax import engine
 from smoljax.engine import Engine
 from smoljax.errors import DataError, Error, UsageError, require
-from smoljax.row_files import NoRow
+from smoljax.renderer import Renderer
 from smoljax.request import Completion, Request, checked
+from smoljax.row_files import NoRow
 from smoljax.streaming import HALF, Text
-from smoljax.template import Template, check_messages
 from smoljax.weights import Weights
 
 OWN = ("text", "texts", "tokens", "finish_reason", "logprobs", "prompt_logprobs", "samples", "error")
@@ -37,7 +37,7 @@ class Answers:
     Args:
       loaded: the model with its tokenizer and the files beside it.
       engines: of that model, one a device.
-      conversations: rows are messages for the chat template; else plain prompts.
+      renderer: makes prompts of rows that are conversations; None where they are plain prompts.
       chat: prompts are made such conversations. `system`: a message before each of them.
       max_new_tokens, seed: for rows that have none of their own.
       n: samples of each row, by seeds seed ... seed + n - 1.
@@ -50,7 +50,7 @@ class Answers:
         loaded: Weights,
         engines: list[Engine],
         *,
-        conversations: bool = False,
+        renderer: Renderer | None = None,
         chat: bool = False,
         system: str | None = None,
         max_new_tokens: int = 64,
@@ -62,21 +62,8 @@ class Answers:
         half = [text for text in stop if HALF in text]
         require(not half, f"the stop string {half and half[0]!r} has U+FFFD, half a character; leave that out")
         self.words, self.config, self.engines = loaded.tokenizer, loaded.config, engines
-        self.conversations, self.chat, self.system = conversations or chat, chat, system
+        self.renderer, self.chat, self.system = renderer, chat, system
         self.max_new_tokens, self.seed, self.n, self.stop, self.say = max_new_tokens, seed, n, stop, say
-        self.stack = contextlib.ExitStack()
-        self.template = self.stack.enter_context(template(loaded)) if self.conversations else None
-
-    def at(self, now: float):
-        """The time that a chat template is told, seconds since 1970: of a job that goes on, when it began."""
-        if self.template:
-            self.template.now = now
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stack.close()
 
     def run(self, rows: Iterable[dict], strict: bool = False, before: int = 0) -> Iterator[dict]:
         """Each row with what was given for it, in order, as soon as those before it are done.
@@ -120,11 +107,11 @@ class Answers:
             raise DataError(given["error"])
         taken = [name for name in OWN if name in given]
         require(not taken, f"it has the keys {taken}, which are the answer's; rename them")
-        if self.conversations:
-            ids = chat.encode(self.words, self.template.render(self.messages(given)))
-            if not ids:
-                raise DataError(f"{self.template.name} gives no text for it")
+        if self.renderer:
+            ids = self.renderer.ids(self.messages(given), given)
         else:
+            for key in ("tools", "chat_template_kwargs"):
+                require(given.get(key) is None, f"it has {key}, which a chat template alone can show; give --chat")
             if given.get("messages") is not None:
                 raise UsageError("it has messages, among prompts; give --chat, or files of one kind")
             text = prompt(given)
@@ -151,7 +138,6 @@ class Answers:
             found = [*system, {"role": "user", "content": text}]
         else:
             require(self.system is None, "it has messages of its own, and --system goes before prompts alone")
-        check_messages(found)
         return found
 
     def result(self, row: Row) -> dict:
@@ -230,17 +216,3 @@ def across(engines: list[Engine], requests: Iterable[Request | None]) -> Iterato
             thread.join()
         for one in engines:
             one.stopped = False
-
-
-def template(loaded: Weights) -> Template:
-    """The model's own chat template, which runs in a process of its own."""
-    c, words = loaded.config, loaded.tokenizer
-    first = c.eos_token_id[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
-    bos, eos = ("" if id is None else words.id_to_token(id) or "" for id in (c.bos_token_id, first))
-    return Template(chat.pick(loaded.files, c), f"the chat template of {loaded.source}", bos, eos)
-
-
-def turn_ends(loaded: Weights) -> tuple[int, ...]:
-    """The ids that end an answer: the model's own, and ChatML's for a base model, which ends a document and no turn."""
-    extra = loaded.tokenizer.token_to_id("<|im_end|>") if chat.own(loaded.files) is None else None
-    return engine.ids(loaded.config.eos_token_id) + (() if extra is None else (extra,))

@@ -6,16 +6,17 @@ import logging
 from importlib.metadata import version
 from pathlib import Path
 
-from smoljax import chat
+from smoljax import chat, special_tokens
 from smoljax import tokenizer as tokenizers
 from smoljax.config import Model
 from smoljax.errors import DataError
-from smoljax.hf_config import parse_json
+from smoljax.hf_config import parse_json, read_json
 
 # Name -> the most bytes that one is read to. SmolLM's tokenizer.json has 2 MB, Llama 3's 17 MB.
 NAMES = {"tokenizer.json": 32 << 20, "tokenizer_config.json": 8 << 20, "chat_template.jinja": 1 << 20}
 NAMES |= {"special_tokens_map.json": 1 << 20, "added_tokens.json": 8 << 20, "vocab.json": 16 << 20}
 NAMES |= {"merges.txt": 16 << 20, "generation_config.json": 1 << 20, "README.md": 8 << 20, "LICENSE": 1 << 20}
+ADAPTER = "adapter_config.json"  # PEFT's, beside adapter_model.safetensors
 PROSE = ("README.md", "LICENSE")  # which say nothing of what the model gives
 
 log = logging.getLogger("smoljax")
@@ -41,7 +42,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    """The content of those that a folder holds."""
+    """The content of those that a folder holds; tokenizer.json with the tokens that only the others name."""
     found = {}
     for name, limit in NAMES.items():
         path = inside(folder, name)
@@ -52,9 +53,38 @@ def read(folder: Path) -> dict[str, bytes]:
                 found[name] = path.read_bytes()
             except OSError as e:
                 raise DataError(f"{path} cannot be read ({e.strerror})") from None
+    if (folder / chat.MORE).is_dir():
+        found |= more_templates(folder)
     for name in ("tokenizer_config.json", "generation_config.json"):
         if "auto_map" in parse_json(found.get(name, b"{}"), folder / name):
             raise DataError(f"{folder / name}: auto_map names code to run, which smoljax never does; remove the key")
+    return special_tokens.complete(found, str(folder))
+
+
+def check_no_adapter(folder: Path):
+    """A DataError where a folder without weights of a model holds an adapter."""
+    if not inside(folder, ADAPTER).is_file():
+        return
+    base = read_json(inside(folder, ADAPTER)).get("base_model_name_or_path")
+    raise DataError(adapter(str(folder), base))
+
+
+def adapter(name: str, base=None) -> str:
+    of = f" of {base!r:.100}" if base else ""
+    return (
+        f"{name} holds an adapter{of} ({ADAPTER}) and no model; merge it into its base (PEFT's merge_and_unload, then "
+        "save_pretrained) and give that folder"
+    )
+
+
+def more_templates(folder: Path) -> dict[str, bytes]:
+    """additional_chat_templates/NAME.jinja, as transformers writes a second template."""
+    found, limit = {}, NAMES["chat_template.jinja"]
+    for path in sorted(inside(folder, chat.MORE.rstrip("/")).glob("*.jinja")):
+        content = inside(path.parent, path.name).read_bytes() if path.stat().st_size <= limit else None
+        if content is None or len(found) == 16:
+            raise DataError(f"{path}: expected at most 16 chat templates of at most {limit:,} bytes")
+        found[chat.MORE + path.name] = content
     return found
 
 
@@ -83,19 +113,23 @@ def of_folder(config: Model, files: dict[str, bytes], dtype: str) -> dict[str, b
         out["README.md"] = ours["smoljax" if dtype == "int8" else "transformers"]
     if "tokenizer.json" in files:
         settings = tokenizer_config(config, files)
-        if (template := chat.own(files)) is not None:  # old readers look into the settings, new ones into the file
-            settings["chat_template"] = template
-            out["chat_template.jinja"] = template.encode()
+        named = chat.templates(files)
+        if "default" in named:  # old readers look into the settings, new ones into the files
+            out |= {f"{chat.MORE}{name}.jinja": text.encode() for name, text in named.items() if name != "default"}
+            out["chat_template.jinja"] = named["default"].encode()
+            listed = [{"name": name, "template": text} for name, text in named.items()]
+            settings["chat_template"] = named["default"] if len(named) == 1 else listed
         out["tokenizer_config.json"] = to_json(settings)
         if "special_tokens_map.json" in files:  # which old readers put before the settings
-            keys = ("bos_token", "eos_token", "unk_token", "pad_token")
-            special = {key: settings[key] for key in keys if settings.get(key) is not None}
+            special = {key: settings[key] for key in special_tokens.NAMES if settings.get(key) is not None}
             out["special_tokens_map.json"] = to_json(special)
     return out
 
 
 def tokenizer_config(config: Model, files: dict[str, bytes]) -> dict:
-    """The settings found, or new ones that name the special tokens by the config's ids.
+    """The settings found, with the special tokens that they do not name by the config's ids.
+
+    What the tokenizer's eos was, stays it, whichever ids end the model's own texts.
 
     transformers 5 builds its GPT2Tokenizer, which SmolLM's published settings name, anew from vocabulary and merges,
     without the Digits step: "x  12" then has other ids. Under PreTrainedTokenizerFast it takes tokenizer.json as it is.
@@ -105,17 +139,12 @@ def tokenizer_config(config: Model, files: dict[str, bytes]) -> dict:
     found = parse_json(files.get("tokenizer_config.json", b"{}"), Path("tokenizer_config.json"))
     settings = {"clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings} | found
     for name in ("bos", "eos", "pad"):
-        id = getattr(config, f"{name}_token_id")
-        id = id[0] if isinstance(id, tuple) else id
-        token = None if id is None else words.id_to_token(id)
-        if id is not None and token is None:
-            raise DataError(f"the model's {name}_token_id is {id}, but tokenizer.json has no token of that id")
-        old = settings.setdefault(f"{name}_token", token)
-        old = old["content"] if isinstance(old, dict) and "content" in old else old
-        if old not in (None, token) and token is not None:
-            log.warning(f"tokenizer_config.json: {name}_token was {str(old)[:60]!r}; the model's is {id}, {token!r}")
-        if old != token and (token is not None or name != "pad"):  # a base model has none to pad with, its user may
-            settings[f"{name}_token"] = token
+        ids = special_tokens.model_ids(getattr(config, f"{name}_token_id"))
+        if ids and words.id_to_token(ids[0]) is None:
+            raise DataError(f"the model's {name}_token_id is {ids[0]}, but tokenizer.json has no token of that id")
+    settings |= special_tokens.seen(files, config, words)
+    for name in ("bos_token", "eos_token", "pad_token"):
+        settings.setdefault(name, None)
     if settings.get("tokenizer_class", "GPT2Tokenizer") in ("GPT2Tokenizer", "GPT2TokenizerFast"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     return settings

@@ -108,6 +108,7 @@ class Source:
     # What an int8 source holds of a tensor by its name: whole numbers [out, in], scales [out]. Such a tensor's `get`
     # gives their product in f32.
     ints: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()  # ids that end a text beside the config's: of a GGUF file, llama.cpp's by their texts
 
     def tensor(self, name: str, dtype: str | None = None) -> np.ndarray:
         """One tensor, in `dtype` (rounded to nearest where that is narrower) or as the source holds it."""

@@ -18,7 +18,7 @@ from smoljax import exchange
 from smoljax.config import SIZES, Model
 from smoljax.errors import DataError, Error, require
 from smoljax.exchange import EMBED, Source
-from smoljax.gguf_header import NUMPY, Header, read_header, show
+from smoljax.gguf_header import NUMPY, Header, read_header, show, single
 from smoljax.gguf_tokenizer import add_tokenizer, read_files
 from smoljax.hf import some
 
@@ -129,24 +129,28 @@ def open_source(path: str | Path) -> Source:
     def get(name: str) -> np.ndarray:
         return read(header, where[name], heads(config, name))
 
-    return Source(config, dtype, get, f"GGUF file {path}", read_files(header, config))
+    files, ends = read_files(header, config)
+    return Source(config, dtype, get, f"GGUF file {path}", files, ends=ends)
 
 
 def read_config(header: Header) -> Model:
     get, fail = header.value, header.fail
+    if get("general.type", str, "model") == "adapter":
+        fail("holds an adapter and no model; merge it into its base with llama-export-lora, and give that file")
     if (kind := get("general.architecture", str)) != "llama":
         fail(f"general.architecture is {show(kind)}, expected 'llama'")
     if (parts := get("split.count", int, 0)) > 1:
         fail(f"split.count is {parts}: it is one of several files; merge them with llama-gguf-split --merge")
     for key, value in header.values.items():
-        name = key.removeprefix("llama.")
+        name, value = key.removeprefix("llama."), single(value)
         value = value.decode() if isinstance(value, bytes) else value
         if name in NEUTRAL or name.startswith("rope.scaling."):
             if isinstance(value, (list, np.ndarray)) or value not in NEUTRAL.get(name, ()):
                 fail(f"{key} is {show(value)}; smoljax computes a plain Llama, without {name}, and nothing else")
         elif name != key and name not in KNOWN:
             log.warning(f"{header.path}: a Llama has no {key[:80]!r}; not used")
-    width, n = get("llama.embedding_length", int), get("llama.attention.head_count", int)
+    width, layers = get("llama.embedding_length", int), get("llama.block_count", int)
+    n = header.each("llama.attention.head_count", layers)
     head = get("llama.attention.key_length", int, width // n if n > 0 and width % n == 0 else None)
     if head is None:
         fail(f"llama.attention.head_count {n} does not divide embedding_length {width}, and key_length is absent")
@@ -154,7 +158,6 @@ def read_config(header: Header) -> Model:
         if (found := get(key, int, head)) != head:
             fail(f"{key} is {found}; smoljax computes heads of one size, here {head}, and rotates all of it")
     vocab = get("llama.vocab_size", int, None) or len(get("tokenizer.ggml.tokens", list))
-    layers = get("llama.block_count", int)
     if layers > len(header.tensors):  # before that many names are made
         fail(f"llama.block_count is {layers:,}, but the file has {len(header.tensors):,} tensors")
     # llama.cpp ends a text at each of these three.
@@ -163,10 +166,10 @@ def read_config(header: Header) -> Model:
     try:
         config = Model(
             hidden_size=width,
-            intermediate_size=get("llama.feed_forward_length", int),
+            intermediate_size=header.each("llama.feed_forward_length", layers),
             num_hidden_layers=layers,
             num_attention_heads=n,
-            num_key_value_heads=get("llama.attention.head_count_kv", int, n),
+            num_key_value_heads=header.each("llama.attention.head_count_kv", layers, n),
             head_dim=head,
             vocab_size=vocab,
             max_position_embeddings=get("llama.context_length", int),
@@ -186,9 +189,11 @@ def read_config(header: Header) -> Model:
 
 def check_tensors(header: Header, config: Model) -> str:
     """All tensors are there, no other is, and each has its shape: the dtype that holds them all."""
-    where, shapes, tensors = names(config.num_hidden_layers), exchange.shapes(config), header.tensors
-    if "rope_freqs.weight" in tensors:
-        header.fail("holds rope_freqs.weight; smoljax computes the default rotary embedding only")
+    where, shapes, tensors = names(config.num_hidden_layers), exchange.shapes(config), dict(header.tensors)
+    if tensors.pop("rope_freqs.weight", None) is not None:  # what theta's frequencies are divided by
+        if (read(header, "rope_freqs.weight") != 1).any():
+            header.fail("holds rope_freqs.weight; smoljax computes the default rotary embedding only")
+        log.warning(f"{header.path}: rope_freqs.weight is passed over, for all of it is 1")
     if biases := [name for name in tensors if name.endswith(".bias")]:
         header.fail(f"holds {biases[0]}; smoljax computes linear layers without biases only")
     expected = {where[name]: shape for name, shape in shapes.items()}

@@ -18,7 +18,9 @@ from smoljax import tensors
 from smoljax.errors import DataError
 
 NUMPY = {Type[code]: dtype for code, dtype in tensors.NUMPY.items()}  # F32, BF16, F16
-BLOCKS = (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q6_K)  # what we read besides
+# What we read besides: the kinds that the package dequantises, of which its older releases lack the last ones.
+KINDS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M IQ4_NL IQ4_XS"
+BLOCKS = tuple(Type[name] for name in f"{KINDS} TQ1_0 TQ2_0 MXFP4 NVFP4".split() if name in Type.__members__)
 # SmolLM's header has 1.8 MB with 98,052 strings in 33 keys, and 272 tensors; Llama 3's 8 MB with 408,000 strings. At
 # these bounds a header costs less than 64 MB: strings stay bytes objects, 33 more than they hold, plus 8 in their list.
 MAX_HEADER, MAX_STRING, MAX_STRINGS, MAX_ITEMS = 20 << 20, 1 << 20, 600_000, 1_000_000
@@ -54,10 +56,34 @@ class Header:
             self.fail(f"{key} is absent; expected the keys of a llama")
         if key not in self.values:
             return found
+        found = found if kind in (list, np.ndarray) else single(found)
         found = found.decode() if kind is str and type(found) is bytes else found  # valid, as `strings` saw
         if type(found) is not kind:
             self.fail(f"{key} is {show(found)}, expected {'an array' if kind in (list, np.ndarray) else kind.__name__}")
         return found
+
+    def each(self, key: str, layers: int, default=REQUIRED):
+        """An int that llama.cpp has for each layer or for all; a file with different ones is refused."""
+        found = self.values.get(key)
+        if isinstance(found, np.ndarray) and len(found) == layers > 1:
+            if len(set(found.tolist())) > 1:
+                self.fail(f"{key} differs by layer: {found.tolist()!s:.60}; smoljax computes equal layers")
+            return dataclasses.replace(self, values={key: found[:1]}).value(key, int)
+        return self.value(key, int, default)
+
+
+def single(value):
+    """The element of an array of one, as some writers put a number or a text; else the value itself."""
+    if not isinstance(value, (list, np.ndarray)) or len(value) != 1:
+        return value
+    if isinstance(value, list):
+        return value[0]
+    return shortest(value[0]) if value.dtype == np.float32 else value[0].item()
+
+
+def shortest(number) -> float:
+    """F32's 9.999999747378752e-06 was written as 1e-5: the shortest decimal that rounds to the same number."""
+    return float(str(np.float32(number)))
 
 
 def show(value) -> str:
@@ -90,8 +116,7 @@ class Reader:
         if code == "?" and found not in (b"\0", b"\1"):
             self.fail(f"{what} is {found[0]}, expected a bool of 0 or 1")
         found = struct.unpack(f"<{code}", found)[0]
-        # F32's 9.999999747378752e-06 was written as 1e-5: the shortest decimal that rounds to the same number.
-        return float(str(np.float32(found))) if code == "f" else found
+        return shortest(found) if code == "f" else found
 
     def string(self, what: str, limit: int = MAX_STRING) -> bytes:
         return self.strings(1, what, limit)[0]

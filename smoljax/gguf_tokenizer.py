@@ -6,80 +6,145 @@ import logging
 import gguf
 import numpy as np
 
-from smoljax import chat, companions, tokenizer
+from smoljax import chat, companions, special_tokens, tokenizer
 from smoljax.config import Model
 from smoljax.errors import DataError
 from smoljax.exchange import Source
 from smoljax.gguf_header import Header, show
-from smoljax.hf_config import parse_json
+from smoljax.special_tokens import TURN_ENDS
 from smoljax.tokenizer_file import ADDED_LIMIT, VOCAB_LIMIT
 
 MAX_WORDS = 4 << 20  # bytes of all tokens, or of all merges; SmolLM's have 0.3 MB each
 CONTROL, USER_DEFINED, UNUSED = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.UNUSED
+UNKNOWN = gguf.TokenType.UNKNOWN
+WHOLE = (CONTROL, USER_DEFINED, UNKNOWN)  # the types that llama.cpp looks for in a text before it merges
+PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
+NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+NAMES |= {"sep_token": "seperator", "cls_token": "cls", "mask_token": "mask"}  # GGUF spells it so
+# What llama.cpp takes for the end of a generation by its text, beside the turns' ends (llama-vocab.cpp).
+FIM_ENDS = ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>")
+FIM_ENDS += ("<REPO>", "<reponame>", "<|file_sep|>")
 
 log = logging.getLogger("smoljax")
 
 
-def read_files(header: Header, config: Model) -> dict[str, bytes]:
-    """What would lie beside a Hugging Face model: name -> content."""
+def read_files(header: Header, config: Model) -> tuple[dict[str, bytes], tuple[int, ...]]:
+    """What would lie beside a Hugging Face model, name -> content; and the ids that end a generation by their texts."""
     get, files = header.value, {}
     ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     files["generation_config.json"] = companions.to_json({k: v for k, v in ids.items() if v is not None})
-    if (template := get("tokenizer.chat_template", str, None)) is not None:
+    if (template := get(TEMPLATE, str, None)) is not None:
         files["chat_template.jinja"] = template.encode()
+    for key in header.values:
+        name = key.removeprefix(f"{TEMPLATE}.")
+        if name != key and name.replace("_", "").replace("-", "").isalnum():  # it becomes the name of a file
+            files[f"{chat.MORE}{name}.jinja"] = get(key, str).encode()
     kind, pre = get("tokenizer.ggml.model", str, "none"), get("tokenizer.ggml.pre", str, "none")
     if (kind, pre) != ("gpt2", "smollm"):
         log.warning(
             f"{header.path}: the tokenizer is {show(kind)} with the pre-tokenizer {show(pre)}; only SmolLM's ('gpt2' "
             "with 'smollm') can be rebuilt, so the model comes without one"
         )
-        return files
-    words = read_tokenizer(header)
+        return files, ()
+    words = read_tokenizer(header, config)
     tokenizer.check_fits(words, config, f"{header.path}: tokenizer.ggml.tokens")
     files["tokenizer.json"] = words.to_str(pretty=True).encode()
     settings = {"clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings}
-    for name, id in ids.items():
-        id = id[0] if isinstance(id, tuple) else id
-        settings[name.removesuffix("_id")] = None if id is None else words.id_to_token(id)
+    for name, key in NAMES.items():
+        id = get(f"{PREFIX}{key}_token_id", int, None)
+        if id is not None and 0 <= id < config.vocab_size:
+            settings[name] = words.id_to_token(id)
+    settings |= {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # as in companions.py
-    if (unknown := get("tokenizer.ggml.unknown_token_id", int, None)) is not None:
-        settings["unk_token"] = words.id_to_token(unknown) if 0 <= unknown < config.vocab_size else None
     if template is not None:
         settings["chat_template"] = template
     files["tokenizer_config.json"] = companions.to_json(settings)
-    return files
+    added = {token.content: id for id, token in words.get_added_tokens_decoder().items()}
+    return files, tuple(id for text, id in added.items() if text in (*TURN_ENDS, *FIM_ENDS))
 
 
-def read_tokenizer(header: Header):
+def read_tokenizer(header: Header, config: Model):
     """SmolLM's kind of tokenizer from the vocabulary and the merges; what is wrong is said while they are bytes."""
-    get, fail, prefix = header.value, header.fail, "tokenizer.ggml."
-    tokens, merges = get(f"{prefix}tokens", list), get(f"{prefix}merges", list, [])
-    types = get(f"{prefix}token_type", np.ndarray, np.ones(len(tokens), np.int32)).tolist()
+    get, fail = header.value, header.fail
+    tokens, merges = get(f"{PREFIX}tokens", list), get(f"{PREFIX}merges", list, None)
+    if merges is None:
+        fail(f"{PREFIX}merges is absent, without which every text would be single bytes; convert the model anew")
+    types = get(f"{PREFIX}token_type", np.ndarray, np.ones(len(tokens), np.int32)).tolist()
     for key, found in (("tokens", tokens), ("merges", merges)):
         if (size := sum(map(len, found))) > MAX_WORDS or len(found) > VOCAB_LIMIT:
-            fail(f"{prefix}{key} has {len(found):,} entries of {size:,} bytes, expected at most {MAX_WORDS:,} bytes")
+            fail(f"{PREFIX}{key} has {len(found):,} entries of {size:,} bytes, expected at most {MAX_WORDS:,} bytes")
     if len(types) != len(tokens):
-        fail(f"{prefix}token_type has {len(types):,} entries, expected one for each of {len(tokens):,} tokens")
-    added = [i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
-    if len(added) > ADDED_LIMIT:
-        fail(f"{prefix}token_type has {len(added):,} special tokens, expected at most {ADDED_LIMIT:,}")
+        fail(f"{PREFIX}token_type has {len(types):,} entries, expected one for each of {len(tokens):,} tokens")
     # llama.cpp wants a token for each of the model's rows; its converter fills the rest with these.
     padding = {i for i, kind in enumerate(types) if kind == UNUSED and tokens[i] == b"[PAD%d]" % i}
     vocab = {token: i for i, token in enumerate(tokens) if i not in padding}
     if len(vocab) + len(padding) != len(tokens):
-        fail(f"{prefix}tokens holds a token twice")
+        fail(f"{PREFIX}tokens holds a token twice")
+    made = set()
     for merge in merges:
         one, _, two = merge.partition(b" ")
         if merge.count(b" ") != 1 or not (one in vocab and two in vocab and one + two in vocab):
-            fail(f"{prefix}merges holds {show(merge)}, expected two tokens that make a third, a space between them")
+            fail(f"{PREFIX}merges holds {show(merge)}, expected two tokens that make a third, a space between them")
+        made.add(one + two)
+    types = mended(header, config, tokens, types, made)
+    added = [i for i, kind in enumerate(types) if kind in WHOLE]
+    if len(added) > ADDED_LIMIT:
+        fail(f"{PREFIX}token_type has {len(added):,} special tokens, expected at most {ADDED_LIMIT:,}")
+    if not merges and any(len(token.decode()) > 1 for token, i in vocab.items() if types[i] not in (*WHOLE, UNUSED)):
+        fail(f"{PREFIX}merges is empty, without which every text would be single bytes; convert the model anew")
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     spec = json.loads(tokenizer.new().to_str())
     spec["model"]["vocab"] = {token.decode(): i for token, i in vocab.items()}
     spec["model"]["merges"] = [merge.decode() for merge in merges]
     spec["added_tokens"] = [
-        {"id": i, "content": tokens[i].decode(), **plain, "special": types[i] == CONTROL} for i in added
+        {"id": i, "content": tokens[i].decode(), **plain, "special": types[i] != USER_DEFINED} for i in added
     ]
+    spec["post_processor"] = around(header, config, tokens) or spec["post_processor"]
     return tokenizer.parse(json.dumps(spec, ensure_ascii=False).encode(), f"{header.path}: its tokenizer")
+
+
+def mended(header: Header, config: Model, tokens: list[bytes], types: list[int], made: set[bytes]) -> list[int]:
+    """The types, with control for tokens that only look like ordinary ones, which llama.cpp overrides likewise.
+
+    Those are: the ones that a key names or that end a generation by their text; and what is written as a special token
+    is and no merge makes, for a text would never become it.
+    """
+    get = header.value
+    keys = {get(f"{PREFIX}{key}_token_id", int, None) for key in (*NAMES.values(), "eot", "eom")}
+    ends = {text.encode() for text in (*TURN_ENDS, *FIM_ENDS)}
+    overridden = []
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        ordinary = kind in (*WHOLE, UNUSED) or token in made or len(token.decode()) == 1
+        written_so = (token[:1], token[-1:]) in ((b"<", b">"), (b"[", b"]"))
+        if (token in ends and kind != CONTROL) or (not ordinary and (i in keys or written_so)):
+            overridden.append(i)
+    if overridden:
+        texts = ", ".join(tokens[i].decode() for i in overridden[:4]) + ", ..." * (len(overridden) > 4)
+        log.warning(
+            f"{header.path}: {len(overridden)} special tokens have the type of ordinary ones, or none ({texts[:200]}); "
+            "they are taken for special"
+        )
+    overridden = set(overridden)
+    return [CONTROL if i in overridden else kind for i, kind in enumerate(types)]
+
+
+def around(header: Header, config: Model, tokens: list[bytes]) -> dict | None:
+    """What stands around a plain text by add_bos_token and add_eos_token, as a tokenizer.json has it."""
+    single, special = [{"Sequence": {"id": "A", "type_id": 0}}], {}
+    for key, at in (("bos", 0), ("eos", 2)):
+        if not header.value(f"{PREFIX}add_{key}_token", bool, False):
+            continue
+        id = header.value(f"{PREFIX}{key}_token_id", int, None)
+        if id is None or not 0 <= id < len(tokens):
+            header.fail(f"{PREFIX}add_{key}_token is true, but there is no {key}_token_id to add")
+        text = tokens[id].decode()
+        single.insert(at, {"SpecialToken": {"id": text, "type_id": 0}})
+        special[text] = {"id": text, "ids": [id], "tokens": [text]}
+        log.warning(f"{header.path}: by add_{key}_token a plain prompt {'begins' if at == 0 else 'ends'} with {text}")
+    if not special:
+        return None
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, source: Source):
@@ -105,21 +170,34 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: Source):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
-    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    ids = {key: special_tokens.id_of(token, files, config, words) for token, key in NAMES.items()}
+    # llama.cpp ends a text at each of these three; the first is the tokenizer's own eos, as its converter has it.
+    ends = tuple(dict.fromkeys(id for id in (ids["eos"], *special_tokens.ends(files, config, words)) if id is not None))
     if len(ends) > 3:
-        log.warning(f"{source.name}: eos_token_id is {list(ends)}; GGUF has keys for three, so the others are lost")
-    ids = {"bos": config.bos_token_id, **dict(zip(("eos", "eot", "eom"), ends, strict=False))}
-    settings = parse_json(files.get("tokenizer_config.json", b"{}"), f"{source.name}: tokenizer_config.json")
-    unknown = settings.get("unk_token")
-    unknown = unknown.get("content") if isinstance(unknown, dict) else unknown
-    ids |= {"padding": config.pad_token_id, "unknown": words.token_to_id(unknown) if type(unknown) is str else None}
-    for key, id in ids.items():
+        log.warning(f"{source.name}: {list(ends)} end a text; GGUF has keys for three, so the others are lost")
+    for key, id in (ids | dict(zip(("eos", "eot", "eom"), ends, strict=False))).items():
         if id is not None:
-            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
-    writer.add_add_bos_token(False)
+            writer.add_uint32(f"{PREFIX}{key}_token_id", id)
+    before, behind = added_around(words, name)
+    for ids_added, key in ((before, "bos"), (behind, "eos")):
+        if ids_added not in ([], [ids[key]]):
+            raise DataError(f"{name} adds the ids {ids_added} to each text; llama.cpp adds a bos and an eos alone")
+    writer.add_add_bos_token(bool(before))
+    if behind:
+        writer.add_add_eos_token(True)
     writer.add_add_space_prefix(False)
-    if (template := chat.own(files)) is not None:
-        writer.add_chat_template(template)
+    templates = [{"name": name, "template": text} for name, text in chat.templates(files).items()]
+    if templates:
+        writer.add_chat_template(templates if len(templates) > 1 else templates[0]["template"])
+
+
+def added_around(words, name: str) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer adds before and behind a text."""
+    plain, whole = (words.encode("a", add_special_tokens=add).ids for add in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
+    if at is None:
+        raise DataError(f"{name} has a post_processor that changes a text; llama.cpp adds a bos and an eos alone")
+    return whole[:at], whole[at + len(plain) :]
 
 
 def check_rules(spec: dict, name: str):
@@ -133,8 +211,6 @@ def check_rules(spec: dict, name: str):
 
     theirs, ours = rules(spec), rules(json.loads(tokenizer.new().to_str()))
     odd = [key for key, value in ours.items() if theirs[key] != value]
-    if (spec["post_processor"] or {}).get("type", "ByteLevel") != "ByteLevel":
-        odd.append("post_processor")
     if odd:
         raise DataError(
             f"{name} has another {odd[0]} than SmolLM's (byte-level BPE after single digits, nothing added), and "

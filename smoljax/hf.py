@@ -4,12 +4,13 @@ hf_config.py is config.json, tensors.py a safetensors file, companions.py the sm
 """
 
 import functools
+import logging
 import math
 from pathlib import Path
 
 import numpy as np
 
-from smoljax import atomic, companions, exchange, tensors
+from smoljax import atomic, buffers, companions, exchange, tensors
 from smoljax import tokenizer as tokenizers
 from smoljax.companions import inside
 from smoljax.config import Model
@@ -23,6 +24,8 @@ HEAD = "lm_head.weight"  # absent where the head is tied; some writers store the
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 16 << 20  # bytes; the 1.7B model's would have 20 kB
 
+log = logging.getLogger("smoljax")
+
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder holds the config.json of a model, and not that of a run."""
@@ -34,6 +37,8 @@ def open_source(folder: str | Path) -> Source:
     folder = Path(folder)
     found, embedding = int8_config(read_json(inside(folder, "config.json")), str(folder / "config.json"))
     files = companions.read(folder)
+    if (folder / companions.ADAPTER).is_file():
+        log.warning(f"{folder} holds an adapter beside the model ({companions.ADAPTER}), which is not applied")
     config = from_config(companions.generation_ids(found, files, folder), str(folder / "config.json"))
     opened = open_files(folder)
     where = {name: file for file in opened for name in file.entries}
@@ -67,6 +72,7 @@ def open_files(folder: Path) -> list[tensors.File]:
     if single.is_file():
         return [tensors.open_file(single)]
     if not index.is_file():
+        companions.check_no_adapter(folder)
         pickles = [p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))]
         raise DataError(
             f"{folder} has a config.json but no {SINGLE}; expected the weights in that file or in those of {INDEX}"
@@ -109,7 +115,10 @@ def check(folder: Path, where: dict[str, tensors.File], config: Model, embedding
     expected = layout(config, kind, bool(embedding))
     if HEAD in where and not embedding:
         expected[HEAD] = expected[EMBED]
-    missing, extra = sorted(set(expected) - set(where)), sorted(set(where) - set(expected))
+    missing, extra = sorted(set(expected) - set(where)), set(where) - set(expected)
+    if kind is None:
+        extra -= buffers.passed_over(str(folder), where, config, extra)
+    extra = sorted(extra)
     if missing or extra:
         raise DataError(
             f"{folder} does not hold the tensors that config.json describes: missing: {some(missing)}; "
@@ -185,6 +194,7 @@ def write(
     embedding |= EMBED in source.ints
     atomic.write_json(folder / "config.json", to_config(config, dtype, embedding))
     for name, content in companions.of_folder(config, source.files, dtype).items():
+        (folder / name).parent.mkdir(exist_ok=True)  # additional_chat_templates/
         (folder / name).write_bytes(content)
     entries = layout(config, dtype, embedding)
     sizes = {

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from smoljax.companions import NAMES
+from smoljax.chat import MORE
+from smoljax.companions import ADAPTER, NAMES, adapter
 from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.fetch import check_room, check_sum, is_full
 
@@ -86,11 +87,14 @@ def wanted(name: str, files: dict) -> dict:
         pickles = ", ".join(f for f in files if f.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))
         why = f"only pickles ({pickles}), which can run code and are never read" if pickles else "no weights"
         raise DataError(f"{name} holds {why}; expected .safetensors or a .gguf file")
+    if ADAPTER in files and not any(fnmatchcase(f, pattern) for f in weights for pattern in STANDARD):
+        raise DataError(adapter(name))
     if weights and "config.json" not in files:
         raise DataError(f"{name} has safetensors but no config.json; expected a model's, and its config.json")
     small = SMALL[1:] if ggufs else SMALL  # a config.json beside it would be another model's, as folders are read
     patterns = [*small, *map(escape, weights + ggufs), "*.safetensors.index.json"]
-    return {f: files[f] for f in top if any(fnmatchcase(f, pattern) for pattern in patterns)}
+    found = [f for f in top if any(fnmatchcase(f, pattern) for pattern in patterns)]
+    return {f: files[f] for f in (*found, *(f for f in files if fnmatchcase(f, f"{MORE}*.jinja")))}
 
 
 def cached(hub, repo: str, revision: str | None) -> Path | None:

@@ -90,8 +90,7 @@ def encoded(row: dict, form: str, found, longest: int, truncate: bool) -> tuple[
     c, words = found.config, found.tokenizer
     if words is None and form != "continuation_ids":
         raise UsageError(f"{found.source} has no tokenizer.json, which text needs; copy the model's into the folder")
-    eos = (*c.eos_token_id, None)[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
-    prefix = eos if c.bos_token_id is None else c.bos_token_id
+    prefix = found.prefix
     if form == "text":
         pairs = score.windows(score.encode(words, row["text"]), prefix, longest)
     elif form == "continuation_ids":

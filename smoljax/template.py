@@ -5,6 +5,7 @@ jinja2's sandbox keeps a template from running code, but not from taking memory 
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -18,10 +19,12 @@ import time
 from pathlib import Path
 
 from smoljax.errors import DataError
+from smoljax.messages import normalized
 
 TEMPLATE_LIMIT, TEXT_LIMIT = 1 << 20, 16 << 20  # bytes; published templates have less than 20 kB
 CPU, WALL = 1.0, 30.0  # seconds for a conversation; 0.1 ms is usual, so that the wall's are for a machine that stalls
 MEMORY = 128 << 20  # bytes, beyond the 25 MB of the process with jinja2
+NEEDLE = "A text that no template has."
 HEAD = struct.Struct("<?I")  # before what the two processes send: whether all is well, its length in bytes
 BOOT = "import sys; root, *packages = sys.argv[1:]; sys.path[:0] = [root] * (root not in sys.path); "
 BOOT += "sys.path += packages; from smoljax import template; template.serve()"
@@ -30,15 +33,15 @@ BOOT += "sys.path += packages; from smoljax import template; template.serve()"
 class Template:
     """A chat template, compiled: `render` as often as you like, from any thread, then `close`.
 
-    Its `name` is for people; `bos` and `eos` are its bos_token and eos_token. `now` is what strftime_now says, one time
-    for all conversations: seconds since 1970. A template at fault is a DataError.
+    Its `name` is for people; `tokens` are the special tokens that it sees: {"bos_token": text, ...}. `now` is what
+    strftime_now says, one time for all conversations: seconds since 1970. A template at fault is a DataError.
     """
 
-    def __init__(self, text: str, name: str, bos: str = "", eos: str = ""):
+    def __init__(self, text: str, name: str, tokens: dict[str, str] | None = None):
         self.text, self.name = text.encode(errors="surrogatepass"), name
         if (size := len(self.text)) > TEMPLATE_LIMIT:
             raise DataError(f"{name} has {size:,} bytes, expected a chat template of at most {TEMPLATE_LIMIT:,}")
-        self.tokens, self.lock = dict(bos_token=bos, eos_token=eos), threading.Lock()
+        self.tokens, self.lock = tokens or {}, threading.Lock()
         self.now = time.time()
         self.start()
 
@@ -48,12 +51,35 @@ class Template:
     def __exit__(self, *_):
         self.close()
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True, tools=None, **variables) -> str:
-        """The text of a conversation; `variables` are the template's own, such as enable_thinking."""
-        check_messages(messages)
-        given = dict(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+    def render(self, messages, add_generation_prompt: bool = True, tools=None, documents=None, **variables) -> str:
+        """The text of a conversation; `variables` are the template's own, such as enable_thinking.
+
+        As in transformers they stand before the special tokens, and tools and documents are None where there are none.
+        """
+        plain = normalized(messages)
+        if any(isinstance(message.get("content"), list) for message in messages) and self.wants_parts:
+            plain = normalized(messages, parts=True)
+        given = dict(tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
+        return self.write(plain, self.tokens | variables | given)
+
+    @functools.cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template writes a content that is a list of parts, and none that is text.
+
+        llama.cpp finds it out likewise, as "requires typed content" (common/jinja/caps.cpp).
+        """
+
+        def writes(content) -> bool:
+            with contextlib.suppress(DataError):
+                messages = [{"role": "user", "content": content}]
+                return NEEDLE in self.write(messages, self.tokens | dict(tools=None, documents=None))
+            return False
+
+        return not writes(NEEDLE) and writes([{"type": "text", "text": NEEDLE}])
+
+    def write(self, messages: list[dict], variables: dict) -> str:
         try:
-            request = json.dumps([self.now, self.tokens | given | variables], ensure_ascii=False)
+            request = json.dumps([self.now, variables | {"messages": messages}], ensure_ascii=False)
             request = request.encode(errors="surrogatepass")
         except (TypeError, ValueError, RecursionError) as e:
             raise DataError(f"messages, tools and variables must be what JSON can say ({e})") from None
@@ -195,20 +221,3 @@ def describe(e: BaseException) -> str:
     words = "".join(c if c.isprintable() else " " for c in words[:300])
     return kinds.get(kind, f"fails ({kind.__name__}: {{}})").replace("{}", words)
 
-
-def check_messages(messages) -> None:
-    """A DataError unless these are [{"role": text, "content": text, ...}, ...], with the first one that is not."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"a conversation is {str(messages)[:60]}, expected a list of one message or more")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise DataError(f"message {i} is {message!r:.60}, expected an object with role and content")
-        for key in ("role", "content"):
-            if not isinstance(value := message.get(key), str):
-                raise DataError(
-                    f"message {i}: {key} is {'absent' if value is None else str(value)[:60]}, expected text"
-                )
-            try:
-                value.encode()
-            except UnicodeEncodeError as e:  # "\ud800" in JSON
-                raise DataError(f"message {i}: {key} is not Unicode text ({e.reason}); mend it at its source") from None

@@ -114,8 +114,10 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 def check_fits(tokenizer: Tokenizer, config, name: str) -> None:
     """A DataError where the tokenizer has ids that the model has no rows for."""
     if (rows := vocabulary(tokenizer)) > config.vocab_size:
+        first = min((id, token) for token, id in tokenizer.get_vocab().items() if id >= config.vocab_size)
         raise DataError(
-            f"{name} has ids up to {rows - 1}, but the model has rows for {config.vocab_size}: it is another model's"
+            f"{name} has ids up to {rows - 1}, but the model has rows for {config.vocab_size}: it is another model's, "
+            f"or one to which the token {first[1][:60]!r} was added without a row"
         )
 
 
@@ -138,7 +140,7 @@ def copy(source: str | Path, folder: Path) -> None:
     """tokenizer.json, and the chat template and settings that lie beside it, into a folder."""
     source = find(source)
     atomic.copy(source, folder / "tokenizer.json")
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"):
         if source.with_name(name).is_file():
             atomic.copy(source.with_name(name), folder / name)
 

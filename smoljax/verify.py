@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smoljax import chat, exchange, gguf, weights
+from smoljax import chat, exchange, gguf, special_tokens, weights
 from smoljax.config import Model
 from smoljax.errors import DataError
 from smoljax.exchange import Source
@@ -54,7 +54,7 @@ def compare(source: Source, folder: Path, dtype: str) -> dict:
                 )
         report["logits"] = {"tokens": len(ids), "largest_difference": float(np.abs(ours - before).max())}
         report["loss"] = {"source": loss(before, ids), "written": loss(ours, ids)}
-        check_config(source.config, written)
+        check_config(source, written)
         report["tokenizer"] = check_words(source, written)
     if written.ints:
         report["transformers"] = "not compared, it does not read this format"
@@ -63,13 +63,31 @@ def compare(source: Source, folder: Path, dtype: str) -> dict:
     return report
 
 
-def check_config(config: Model, written: Source):
-    """The same config, but for initializer_range, which says nothing about these weights: GGUF has no key for it."""
-    found = dataclasses.replace(written.config, initializer_range=config.initializer_range)
+def check_config(source: Source, written: Source):
+    """The same config, but for initializer_range, which says nothing about these weights: GGUF has no key for it.
+
+    GGUF has one bos, eos and pad for model and tokenizer, where a folder may have two: there what a chat template sees
+    and which ids end a text are compared.
+    """
+    config, same = source.config, {"initializer_range": source.config.initializer_range}
+    if written.name.startswith("GGUF"):
+        same |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        before, after = (special(each) for each in (source, written))
+        if before != after:
+            raise DataError(f"{written.name} has other special tokens than its source: {before} were, {after} are")
+    found = dataclasses.replace(written.config, **same)
     if found != config:
         pairs = {k: (v, getattr(found, k)) for k, v in vars(config).items() if getattr(found, k) != v}
         odd = ", ".join(f"{key} was {was}, is {now}" for key, (was, now) in pairs.items())
         raise DataError(f"{written.name} has another config than its source: {odd}")
+
+
+def special(each: Source) -> tuple[dict[str, str], list[int]]:
+    """The named special tokens, and the ids that end a text."""
+    words = weights.words(each.files, each.config, each.name)
+    seen = special_tokens.seen(each.files, each.config, words)
+    named = {name: text for name, text in seen.items() if name in special_tokens.NAMES}
+    return named, sorted(special_tokens.ends(each.files, each.config, words))
 
 
 def check_words(source: Source, written: Source) -> str:
@@ -84,7 +102,7 @@ def check_words(source: Source, written: Source) -> str:
     alike = theirs.get_vocab() == mine.get_vocab() and theirs.encode(TEXT).ids == mine.encode(TEXT).ids
     if not (whole or (alike and rebuilt)):
         raise DataError(f"{written.name} has another tokenizer than {source.name}; what was written was removed")
-    if chat.own(written.files) != chat.own(source.files):
+    if chat.templates(written.files) != chat.templates(source.files):
         raise DataError(f"{written.name} has another chat template than {source.name}; what was written was removed")
     return f"the same {len(mine.get_vocab())} tokens, and ids of a text"
 

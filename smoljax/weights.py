@@ -13,7 +13,19 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from smoljax import checkpoint, committed, companions, exchange, fetch, gguf, hf, hub, nanotron, tokenizer
+from smoljax import (
+    checkpoint,
+    committed,
+    companions,
+    exchange,
+    fetch,
+    gguf,
+    hf,
+    hub,
+    nanotron,
+    special_tokens,
+    tokenizer,
+)
 from smoljax.config import Model
 from smoljax.errors import DataError, Error, UsageError, require
 from smoljax.model import SmolLM
@@ -30,10 +42,31 @@ class Weights:
     files: dict[str, bytes]  # tokenizer.json and the like, where they lie beside the weights
     dtype: str  # of the arrays; int8 where the matrices are QTensors
     source: str  # what was read, for people
+    format_ends: tuple[int, ...] = ()  # as exchange.Source.ends
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        return words(self.files, self.config, self.source)
+        found = words(self.files, self.config, self.source)
+        for sentence in special_tokens.contradictions(self.files, self.config, found) if found else ():
+            logging.getLogger("smoljax").warning(f"{self.source}: {sentence}")
+        return found
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text: the model's own, the tokenizer's eos, and those that its format has beside them."""
+        ends = (*special_tokens.ends(self.files, self.config, self.tokenizer), *self.format_ends)
+        return tuple(dict.fromkeys(ends))
+
+    @functools.cached_property
+    def prefix(self) -> int | None:
+        """The id before a text without context: the tokenizer's bos, else its eos, as in lm-evaluation-harness."""
+        if self.tokenizer is None:
+            ids = map(special_tokens.model_ids, (self.config.bos_token_id, self.config.eos_token_id))
+            return next(iter(sum(ids, ())), None)
+        bos, eos = (
+            special_tokens.id_of(name, self.files, self.config, self.tokenizer) for name in ("bos_token", "eos_token")
+        )
+        return eos if bos is None else bos
 
 
 def load(path: str | Path, dtype: str | None = None) -> SmolLM:
@@ -45,7 +78,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """MODEL's tokenizer, or the one of a tokenizer.json: `.encode(text).ids`, `.decode(ids)`."""
     file, folder = Path(path), Path(path) / "tokenizer.json"
     if (file.name == "tokenizer.json" and file.is_file()) or (folder.is_file() and not (file / "config.json").exists()):
-        return tokenizer.load(path)
+        folder = tokenizer.find(path).parent
+        return tokenizer.parse(companions.read(folder)["tokenizer.json"], f"{folder / 'tokenizer.json'}")
     with open_source(path) as source:
         found = words(source.files, source.config, source.name)
     if found is None:
@@ -76,7 +110,7 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
         return Weights(model, config, companions.read(run[0]), str(model.embed.dtype), f"step {step} of {run[0]}")
     with open_source(path) as source:
         model = exchange.assemble(source, dtype)
-        return Weights(model, source.config, source.files, dtype or source.dtype, source.name)
+        return Weights(model, source.config, source.files, dtype or source.dtype, source.name, source.ends)
 
 
 @contextlib.contextmanager
@@ -105,6 +139,7 @@ def open_source(path: str | Path) -> Iterator[exchange.Source]:
         elif hf.is_folder(path):
             yield hf.open_source(path)
         else:
+            companions.check_no_adapter(path)
             raise DataError(f"{path} is not {EXPECTED}: it holds neither checkpoints/ nor a model's config.json")
 
 

@@ -30,6 +30,7 @@ CONVERSATIONS = [
     [*HELLO, {"role": "assistant", "content": "Hi!\n"}, {"role": "user", "content": " <|im_end|> 東京 🤖 \0 "}],
     [{"role": "user", "content": ""}, {"role": "tool", "content": "{}", "name": "f", "calls": [{"x": 1.5, "y": None}]}],
 ]
+TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 TOOLS = [{"type": "function", "function": {"name": "f<", "description": "é & 'x'", "parameters": {"a": [1, True]}}}]
 TEMPLATES = {
     "SmolLM2": chat.SMOLLM2,
@@ -77,7 +78,7 @@ def theirs(words):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_as_transformers(words, theirs, name):
-    with Template(TEMPLATES[name], name, bos="<|im_start|>", eos="<|im_end|>") as template:
+    with Template(TEMPLATES[name], name, TOKENS) as template:
         for messages in CONVERSATIONS:
             for more in (
                 dict(add_generation_prompt=True),
@@ -259,7 +260,7 @@ def test_pick(caplog):
         ({"tokenizer_config.json": config("C"), "chat_template.jinja": b"J"}, new, "J", "differ; the former is used"),
     ):
         caplog.clear()
-        assert chat.pick(files, size) == expected
+        assert chat.pick(files, size)["default"] == expected
         assert said in caplog.text and bool(said) == bool(caplog.text)
     for files, words in (
         ({"tokenizer_config.json": config(1)}, "chat_template is a int"),
@@ -279,7 +280,7 @@ def test_pick(caplog):
         ("Hello", "a conversation is Hello, expected a list"),
         ([*HELLO, "Hi"], "message 1 is 'Hi', expected an object"),
         ([*HELLO, {"role": "user"}], "message 1: content is absent"),
-        ([*HELLO, {"role": "user", "content": [{"type": "text"}]}], "message 1: content is [{'type': 'text'}]"),
+        ([*HELLO, {"role": "user", "content": [{"type": "text"}]}], "message 1: content: a part's text is absent"),
         ([{"role": 1, "content": "x"}], "message 0: role is 1"),
         ([{"role": "user", "content": "\ud800"}], "message 0: content is not Unicode text"),
         ([*HELLO, {"role": "user", "content": "x", "more": {1, 2}}], "must be what JSON can say"),

@@ -492,19 +492,77 @@ def test_two_cannot_write_one_part(tmp_path):
         other.stdin.close()
 
 
+# A key of other makers -> the flags with which it changes no token. Each is one of transformers' GenerationConfig.
+PASSED_OVER = [
+    ({"max_length": 2048}, {"max_new_tokens": 5}),
+    ({"max_length": 20}, {}),
+    ({"min_length": 5}, {"min_new_tokens": 3}),
+    ({"min_length": 0}, {}),
+    *(({"cache_implementation": kind}, {}) for kind in ("static", "dynamic", "hybrid", "offloaded", "sliding_window")),
+    ({"cache_config": {"batch_size": 1}}, {}),
+    ({"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "is_assistant": False}, {}),
+    ({"assistant_confidence_threshold": 0.4, "assistant_early_exit": 4, "prompt_lookup_num_tokens": 10}, {}),
+    ({"prefill_chunk_size": 64, "disable_compile": True, "low_memory": True}, {}),
+    ({"suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}}, {}),
+    ({"force_words_ids": None, "constraints": None, "watermarking_config": None, "forced_eos_token_id": None}, {}),
+    ({"num_beams": 1, "length_penalty": 2.0, "early_stopping": True, "diversity_penalty": 0.5}, {}),
+    ({"num_return_sequences": 3, "remove_invalid_values": True, "renormalize_logits": True}, {}),
+    ({"typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4, "top_h": 0.4}, {}),  # not sampled
+    ({"do_sample": True, "typical_p": 0.9}, {"temperature": 0}),
+    ({"do_sample": True, "typical_p": 1.0, "penalty_alpha": 0.0, "token_healing": False}, {}),
+]
+# What changes a token stays an error, with what it is.
+REFUSED = [
+    *({key: value} for key, value in {"num_beams": 4, "num_beam_groups": 2, "max_time": 5.0, "min_length": 5}.items()),
+    *({key: [3]} for key in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")),
+    *({"cache_implementation": kind} for kind in ("quantized",)),
+    {"do_sample": True, "typical_p": 0.9},
+    {"do_sample": True, "epsilon_cutoff": 3e-4},
+    {"penalty_alpha": 0.6},
+    {"dola_layers": "high"},
+    {"guidance_scale": 1.5},
+    {"no_repeat_ngram_size": 3},
+    {"forced_eos_token_id": 2},
+    {"forced_bos_token_id": 2},
+    {"exponential_decay_length_penalty": [15, 1.6]},
+    {"sequence_bias": {"1": -1.0}},
+    {"watermarking_config": {"bias": 2.5}},
+    {"token_healing": True},
+    {"encoder_repetition_penalty": 1.2},
+    {"what_nobody_knows": 1},
+]
+
+
+def settings_of(keys, flags):
+    return generation_config.defaults({"generation_config.json": json.dumps(keys).encode()}, "it", flags)
+
+
+@pytest.mark.parametrize("keys, flags", PASSED_OVER, ids=range(len(PASSED_OVER)))
+def test_what_changes_no_token_is_passed_over(keys, flags, caplog):
+    sampled = {"temperature": 1.0} if keys.get("do_sample") and not flags else {}
+    assert settings_of(keys, flags) == sampled
+    used = [line for line in caplog.messages if "passed over, for they change no token here" in line]
+    assert len(used) <= 1
+    for key, value in keys.items():
+        said = key not in ("do_sample",) and value not in (None, [], {}, 0, False) and value != 1
+        assert not said or any(f"{key} {value}" in line for line in used), key
+
+
+@pytest.mark.parametrize("keys", REFUSED, ids=range(len(REFUSED)))
+def test_what_changes_a_token_is_refused(keys):
+    with pytest.raises(UsageError, match=f"has {[*keys][-1]} = .*, which smoljax has not; --no-generation-config"):
+        settings_of(keys, {})
+
+
 def test_generation_config():
     def of(**keys):
-        return generation_config.defaults({"generation_config.json": json.dumps(keys).encode()}, "it")
+        return settings_of(keys, {})
 
-    assert generation_config.defaults({}, "it") == {}
+    assert generation_config.defaults({}, "it", {}) == {}
     assert of(eos_token_id=2, transformers_version="5", temperature=0.6, top_p=0.9) == {}
     sampled = of(do_sample=True, temperature=0.6, top_p=0.9, top_k=0, repetition_penalty=1.1, stop_strings="x")
     assert sampled == {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "stop_strings": ["x"]}
     assert of(do_sample=True) == {"temperature": 1.0}
-    assert of(num_beams=1, length_penalty=1.0) == {}
-    for keys in (dict(num_beams=4), dict(max_time=5.0), dict(cache_implementation="quantized")):
-        with pytest.raises(UsageError, match="= .*, which smoljax has not"):
-            of(**keys)
     for keys in (dict(temperature="0.6"), dict(top_k=2.5), dict(min_new_tokens="3"), dict(max_new_tokens=0)):
         with pytest.raises(UsageError, match=f"of it has {next(iter(keys))} = .*, expected a .*number"):
             of(do_sample=True, **keys)
@@ -516,6 +574,22 @@ def test_generation_config():
     ):
         with pytest.raises(UsageError, match=f"of it has {next(iter(keys))} = .*, expected t"):
             of(**keys)
+
+
+def test_every_key_of_transformers_is_known():
+    """Each key of its GenerationConfig is used, passed over or refused by its own rule, not as an unknown one."""
+    config = pytest.importorskip("transformers").GenerationConfig()
+    g = generation_config
+    known = {*g.SAMPLED, *g.ALWAYS, *g.IDS, *g.ABOUT, *g.NO_TOKEN, *g.BEAMS, *g.NEUTRAL, *g.EMPTY, "max_length"}
+    known |= {
+        "cache_implementation",
+        "max_time",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "decoder_start_token_id",
+    }
+    known |= {"exponential_decay_length_penalty", "watermarking_config", "dola_layers"}
+    assert set(vars(config)) - known == set()
 
 
 def test_the_models_own_settings(folder, tmp_path, capsys):

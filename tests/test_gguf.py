@@ -175,16 +175,13 @@ def test_what_gguf_reader_sees(dtype, tmp_path):
 
 
 def blocks(kind, shape, rng) -> np.ndarray:
-    """Quantised rows: by the package where it can, else random bytes with finite scales."""
+    """Quantised rows: by the package where it can, else random bytes, with finite scales."""
     try:
         return package.quantize(rng.normal(size=shape).astype(np.float32), kind)
     except NotImplementedError:
         block, size = package.GGML_QUANT_SIZES[kind]
-        raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8)
-        scales = {Type.Q4_K: slice(0, 4), Type.Q6_K: slice(208, 210)}[kind]  # where a block has its F16 numbers
-        few = rng.normal(size=(*raw.shape[:-1], (scales.stop - scales.start) // 2)).astype(np.float16)
-        raw[..., scales] = few.view(np.uint8)
-        return raw.reshape(*shape[:-1], -1)
+        raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // block * size), dtype=np.uint8)
+        return raw & 0xBF  # bit 14 of an F16 number, wherever a block has one: without it no exponent is infinity's
 
 
 @pytest.mark.parametrize("kind", gguf_header.BLOCKS, ids=lambda k: k.name)
@@ -380,10 +377,11 @@ def test_what_cannot_be_written(tmp_path, caplog):
         "pre_tokenizer": bytelevel,  # GPT-2's
         "normalizer": {"type": "NFC"},
         "model": json.loads(words())["model"] | {"byte_fallback": True},
-        "post_processor": {"type": "RobertaProcessing", "sep": ["<|im_end|>", 2], "cls": ["<|im_start|>", 1]}
-        | {"trim_offsets": True, "add_prefix_space": False},
     }.items():
         refused("llama.cpp has no such pre-tokenizer", tokenizer_json=changed(**{name: value}))
+    roberta = {"type": "RobertaProcessing", "sep": ["<|im_end|>", 2], "cls": ["<|im_start|>", 1]}
+    roberta |= {"trim_offsets": True, "add_prefix_space": False}
+    refused(r"adds the ids \[1\] to each text; llama.cpp adds a bos", tokenizer_json=changed(post_processor=roberta))
     for steps in ([digits | {"individual_digits": False}, bytelevel], [digits, bytelevel | {"add_prefix_space": True}]):
         steps = {"type": "Sequence", "pretokenizers": steps}
         refused("another pre_tokenizer than SmolLM's", tokenizer_json=changed(pre_tokenizer=steps))
@@ -435,7 +433,9 @@ def refusals():
         (f"{L}block_count", key("BOOL", True), "llama.block_count is True, expected int"),
         (f"{L}embedding_length", key("UINT32", 64), "but the keys give it [300, 64]"),
         (f"{L}attention.head_count", key("UINT32", 0), "num_attention_heads is 0"),
-        (f"{L}attention.head_count", key("ARRAY UINT32", [9, 9, 9]), "head_count is an array of 3, expected int"),
+        (f"{L}attention.head_count", key("ARRAY UINT32", [9, 9]), "head_count is an array of 2, expected int"),
+        (f"{L}attention.head_count", key("ARRAY UINT32", [9, 9, 3]), "head_count differs by layer: [9, 9, 3]; smoljax"),
+        (f"{L}attention.head_count_kv", key("ARRAY UINT32", [2]), "not a multiple of model.num_key_value_heads = 2"),
         (f"{L}attention.head_count_kv", key("UINT32", 2), "not a multiple of model.num_key_value_heads = 2"),
         (f"{L}attention.key_length", key("UINT32", 8), "value_length is 16; smoljax computes heads of one size"),
         (f"{L}rope.dimension_count", key("UINT32", 8), "llama.rope.dimension_count is 8"),
@@ -445,7 +445,8 @@ def refusals():
         (f"{L}attention.layer_norm_rms_epsilon", key("FLOAT32", math.inf), "rms_norm_eps is inf"),
         (f"{L}rope.scaling.type", key("STRING", "yarn"), "llama.rope.scaling.type is 'yarn'; smoljax computes"),
         (f"{L}rope.scaling.factor", key("FLOAT32", 4.0), "llama.rope.scaling.factor is 4.0; smoljax computes"),
-        (f"{L}rope.scaling.odd", key("ARRAY UINT32", [1]), "llama.rope.scaling.odd is an array of 1; smoljax"),
+        (f"{L}rope.scaling.odd", key("ARRAY UINT32", [1, 2]), "llama.rope.scaling.odd is an array of 2; smoljax"),
+        (f"{L}rope.scaling.odd", key("ARRAY UINT32", [1]), "llama.rope.scaling.odd is 1; smoljax"),
         (f"{L}expert_count", key("UINT32", 8), "llama.expert_count is 8; smoljax computes"),
         (f"{T}eos_token_id", key("UINT32", 300), "eos_token_id is 300"),
         (f"{T}bos_token_id", key("STRING", "x"), "bos_token_id is 'x', expected int"),
@@ -464,7 +465,10 @@ def refusals():
         (f"{T}merges", key("ARRAY STRING", ["a b c"]), "merges holds 'a b c', expected two tokens"),
         (f"{T}merges", key("ARRAY STRING", ["no such"]), "merges holds 'no such', expected two tokens that make"),
         (f"{T}merges", key("ARRAY STRING", ['! "']), "merges holds '! \"', expected two tokens that make a third"),
-        (f"{T}merges", None, "its tokenizer holds a token of 1,025 characters"),
+        (f"{T}merges", None, "tokenizer.ggml.merges is absent, without which every text"),
+        (f"{T}merges", key("ARRAY STRING", []), "tokenizer.ggml.merges is empty, without which every text"),
+        (f"{T}merges", key("ARRAY STRING", []), "its tokenizer holds a token of 1,025 characters"),
+        (f"{T}merges", key("STRING", "a b"), "tokenizer.ggml.merges is 'a b', expected an array"),
         ("tokenizer.chat_template", key("UINT32", 1), "tokenizer.chat_template is 1, expected str"),
         ("general.name", number("STRING") + struct.pack("<Q", 1 << 40), "a string of 1,099,511,627,776 bytes"),
         ("general.name", key("STRING", b"\xff\xfe"), "key 'general.name' is not UTF-8"),
@@ -482,6 +486,7 @@ def refusals():
         changed = {name: value}
         if "1,025" in sentence:  # what tokenizer_file.py refuses in any tokenizer.json
             changed[f"{T}tokens"] = key("ARRAY STRING", ["x" * 1025, *map(str, range(299))])
+            changed[f"{T}token_type"] = key("ARRAY INT32", [4] * 300)
         yield sentence, changed, {}, {}
     block = package.GGML_QUANT_SIZES[Type.Q8_0][1]
     for name, value, sentence in [
@@ -499,7 +504,7 @@ def refusals():
         (NAME, (0, [1 << 33, 1 << 33], b""), f"tensor '{NAME}' of shape [8589934592, 8589934592] ends at byte"),
         (NAME, (0, [(1 << 64) - 1, 4], b""), f"tensor '{NAME}' of shape [4, 18446744073709551615] ends at byte"),
         (NAME, (99, [72, 192], b""), f"tensor '{NAME}' is of the unknown type 99"),
-        (NAME, (10, [256, 54], b""), f"tensor '{NAME}' is Q2_K, expected one of F32, BF16"),
+        (NAME, (15, [256, 54], b""), f"tensor '{NAME}' is Q8_K, expected one of F32, BF16"),
         (NAME, (8, [72, 192], bytes(192 * 3 * block)), "has shape [192, 72], expected Q8_0 rows of whole blocks of 32"),
         ("n" * 65, (0, [4], bytes(16)), "a tensor's name has a string of 65 bytes, expected at most 64"),
         (b"\xc3", (0, [4], bytes(16)), "a tensor's name is not UTF-8"),
@@ -544,6 +549,27 @@ def test_put_together_by_hand_it_is_read(good, tmp_path):
         alignment = {"general.alignment": key("UINT32", changes.get("alignment", 32))}
         path = put(tmp_path / f"{i}.gguf", keys | alignment, tensors, **changes)
         assert same(exchange.assemble(gguf.open_source(path)), before)
+
+
+def test_arrays_of_one_and_for_each_layer(good, tmp_path):
+    """As some converters write numbers and texts, and as llama.cpp allows for layers; equal ones are one number."""
+    keys, tensors = parts(good)
+    before, L = gguf.open_source(good), "llama."
+    for name, value in [
+        (f"{L}block_count", key("ARRAY UINT32", [3])),
+        (f"{L}rope.freq_base", key("ARRAY FLOAT32", [before.config.rope_theta])),
+        (f"{L}attention.layer_norm_rms_epsilon", key("ARRAY FLOAT32", [1e-5])),
+        (f"{L}attention.head_count", key("ARRAY UINT32", [before.config.num_attention_heads] * 3)),
+        (f"{L}attention.head_count_kv", key("ARRAY INT32", [before.config.num_key_value_heads] * 3)),
+        (f"{L}feed_forward_length", key("ARRAY UINT32", [before.config.intermediate_size] * 3)),
+        (f"{L}expert_count", key("ARRAY UINT32", [0])),
+        ("general.architecture", key("ARRAY STRING", ["llama"])),
+        ("tokenizer.ggml.eos_token_id", key("ARRAY UINT32", [0])),
+        ("tokenizer.ggml.add_bos_token", key("ARRAY BOOL", [False])),
+        ("tokenizer.chat_template", key("ARRAY STRING", [TEMPLATE])),
+    ]:
+        back = gguf.open_source(put(tmp_path / "a.gguf", keys | {name: value}, tensors))
+        assert back.config == before.config and back.files == before.files, name
 
 
 def test_other_refusals(good, tmp_path):

@@ -103,7 +103,7 @@ def test_logits_as_transformers(path, real):
 @pytest.mark.parametrize("new_tokens", [32, pytest.param(96, marks=pytest.mark.slow)])
 def test_greedy_answers(real, new_tokens):
     """The smallest margin between the two likeliest tokens is 0.015 in these answers, a thousand times our error."""
-    with Template(chat.pick(real.files, real.config), "the model's own template") as template:
+    with Template(chat.pick(real.files, real.config)["default"], "the model's own template") as template:
         texts = [template.render([{"role": "user", "content": answer["prompt"]}]) for answer in ANSWERS]
     assert texts == [answer["rendered"] for answer in ANSWERS]
     found = smoljax.generate(real.model, [real.tokenizer.encode(text).ids for text in texts], max_new_tokens=new_tokens)

@@ -1,0 +1,163 @@
+"""Which tokens are special, from one source for every verb and format: the files that lie beside a model.
+
+The tokenizer with all of them in it, the texts that a chat template sees, the ids that end a text. The files are read
+as in transformers (5.24, tokenization_utils_base.py, `_from_pretrained`).
+"""
+
+import dataclasses
+
+from tokenizers import AddedToken, Tokenizer
+
+from smoljax import tokenizer, tokenizer_file
+from smoljax.errors import DataError
+from smoljax.hf_config import parse_json
+from smoljax.tokenizer_file import ADDED_LIMIT
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+SETTINGS = "tokenizer_config.json"
+# Texts of tokens that end a turn or a generation, as llama.cpp knows them (llama-vocab.cpp, special_eog_ids).
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>")
+TURN_ENDS += ("_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|return|>")
+TURN_ENDS += ("<|call|>", "<|flush|>", "<|calls|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[")
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What the small files say of special tokens."""
+
+    texts: dict[str, str | None]  # eos_token -> its text; None where they say that there is none
+    extra: list[str]  # special ones without a name
+    added: list[tuple[int | None, dict, str]]  # (id, {"content": text, flags}, the file that says so)
+
+
+def read(files: dict[str, bytes]) -> Named:
+    """tokenizer_config.json; beside one without added_tokens_decoder, special_tokens_map.json and added_tokens.json."""
+    found = parse_json(files.get(SETTINGS, b"{}"), SETTINGS)
+    alone = "added_tokens_decoder" in found
+    if not alone:
+        found |= parse_json(files.get("special_tokens_map.json", b"{}"), "special_tokens_map.json")
+    extra = found.get("extra_special_tokens") or found.get("additional_special_tokens") or []
+    named = {key: value for key, value in found.items() if key in NAMES or is_token(key, value)}
+    named |= extra if isinstance(extra, dict) else {}
+    texts = {key: None if value is None else text(value, key) for key, value in named.items()}
+    others = [] if isinstance(extra, dict) else [text(value, "a special token") for value in extra]
+    file, decoder = SETTINGS, found.get("added_tokens_decoder")
+    if not alone:
+        file, special = "added_tokens.json", {*texts.values(), *others}
+        decoder = {}
+        for content, id in parse_json(files.get(file, b"{}"), file).items():
+            flags = {"special": content in special, "normalized": content not in special}
+            decoder[id] = {"content": content} | flags
+    if not isinstance(decoder, dict) or len(decoder) > ADDED_LIMIT:
+        raise DataError(f"{file} has added tokens {str(decoder)[:60]}, expected at most {ADDED_LIMIT:,} by their ids")
+    return Named(texts, others, [(whole(id, file), flags_of(token, file), file) for id, token in decoder.items()])
+
+
+def is_token(key: str, value) -> bool:
+    """A name of the model's own, such as image_token; an object there is an AddedToken as transformers writes it."""
+    return key.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+
+
+def text(value, name: str) -> str:
+    value = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{SETTINGS}: {name} is {value!r:.60}, expected a token's text")
+    return value
+
+
+def whole(id, file: str) -> int:
+    try:
+        return int(id)
+    except (TypeError, ValueError):
+        raise DataError(f"{file} has an added token of the id {id!r:.60}, expected a whole number") from None
+
+
+def flags_of(token, file: str) -> dict:
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+        raise DataError(f"{file} has the added token {str(token)[:60]}, expected an object with its content")
+    special = token.get("special", False)
+    flags = dict.fromkeys(FLAGS, False) | {"normalized": not special} | {k: token[k] for k in FLAGS if k in token}
+    return {"content": token["content"]} | flags
+
+
+def complete(files: dict[str, bytes], name: str) -> dict[str, bytes]:
+    """The files with a tokenizer.json that has every token which the others name, so that none is ever cut up.
+
+    As in transformers their flags hold. A token that would get another id than its file says is a DataError.
+    """
+    if "tokenizer.json" not in files:
+        return files
+    named = read(files)
+    if not (any(named.texts.values()) or named.extra or named.added):
+        return files
+    content, where = files["tokenizer.json"], f"{name}: tokenizer.json"
+    try:
+        added = tokenizer_file.read_spec(content).get("added_tokens") or ()
+        had = {token["content"]: token for token in added}
+    except Exception:  # a sentence then, which takes reading all of it: 0.3 s
+        tokenizer.parse(content, where)
+        raise
+    order = sorted(named.texts, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
+    special = [*filter(None, map(named.texts.get, order)), *named.extra]
+    missing = []
+    for id, token, file in sorted(named.added, key=lambda entry: entry[0]):
+        token = token | {"special": token["special"] or token["content"] in special}
+        missing += [] if had.get(token["content"]) == token | {"id": id} else [(id, token, file)]
+    known = {*had, *(token["content"] for _, token, _ in named.added)}
+    plain = dict.fromkeys(FLAGS, False) | {"special": True}
+    missing += [(None, {"content": text} | plain, SETTINGS) for text in dict.fromkeys(special) if text not in known]
+    if not missing:
+        return files
+    words = tokenizer.parse(content, where)
+    for id, token, file in missing:
+        words.add_tokens([AddedToken(**token)])
+        given = words.token_to_id(token["content"])
+        if id not in (None, given):
+            raise DataError(
+                f"{name}: {file} says that token {token['content'][:60]!r} has id {id}, by tokenizer.json it has "
+                f"{given}; mend one of the two"
+            )
+    return files | {"tokenizer.json": words.to_str(pretty=True).encode()}
+
+
+def seen(files: dict[str, bytes], config, words: Tokenizer) -> dict[str, str]:
+    """What a chat template sees of special tokens: name -> text, as transformers' special_tokens_map.
+
+    Of bos, eos and pad that no file speaks of, the config's own ids.
+    """
+    named = read(files).texts
+    for name in ("bos_token", "eos_token", "pad_token"):
+        ids = model_ids(getattr(config, f"{name}_id"))
+        named.setdefault(name, words.id_to_token(ids[0]) if ids else None)
+    return {name: text for name, text in named.items() if text is not None}
+
+
+def id_of(name: str, files: dict[str, bytes], config, words: Tokenizer) -> int | None:
+    """The id of the tokenizer's own bos_token, eos_token, ...; None where it has none."""
+    text = seen(files, config, words).get(name)
+    return None if text is None else words.token_to_id(text)
+
+
+def ends(files: dict[str, bytes], config, words: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that end a text: the model's own, then the tokenizer's eos."""
+    model = model_ids(config.eos_token_id)
+    own = None if words is None else id_of("eos_token", files, config, words)
+    return model if own is None or own in model else (*model, own)
+
+
+def model_ids(ids) -> tuple[int, ...]:
+    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+
+
+def contradictions(files: dict[str, bytes], config, words: Tokenizer) -> list[str]:
+    """Sentences: where the tokenizer and the model's config differ on a special token, and which holds."""
+    named, found = read(files).texts, []
+    for name, holds in (("bos_token", "the former is used"), ("eos_token", "both end a text")):
+        ids = model_ids(getattr(config, f"{name}_id"))
+        if named.get(name) and ids and (own := words.token_to_id(named[name])) not in ids:
+            found.append(
+                f"{name} is {named[name]!r:.60} ({own}) in the tokenizer's files, {', '.join(map(str, ids))} in the "
+                f"model's config; {holds}"
+            )
+    return found
