@@ -5,6 +5,7 @@ as in transformers (5.24, tokenization_utils_base.py, `_from_pretrained`).
 """
 
 import dataclasses
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -119,6 +120,17 @@ def complete(files: dict[str, bytes], name: str) -> dict[str, bytes]:
                 f"{given}; mend one of the two"
             )
     return files | {"tokenizer.json": words.to_str(pretty=True).encode()}
+
+
+def tokenizer_json(path: str | Path) -> bytes:
+    """A tokenizer.json completed by the small files beside it; or a file of another name as it is."""
+    file = tokenizer.find(path)
+    small = (SETTINGS, "special_tokens_map.json", "added_tokens.json") if file.name == "tokenizer.json" else ()
+    try:
+        files = {name: file.with_name(name).read_bytes() for name in small if file.with_name(name).is_file()}
+        return complete(files | {"tokenizer.json": file.read_bytes()}, str(file.parent))["tokenizer.json"]
+    except OSError as e:
+        raise DataError(f"{e.filename} cannot be read ({e.strerror})") from None
 
 
 def seen(files: dict[str, bytes], config, words: Tokenizer) -> dict[str, str]:

@@ -5,7 +5,6 @@ single digits, then into words by GPT-2's pattern. The published vocabulary lack
 from the text without a word (see `missing_bytes`); one trained here has all 256, so decode(encode(text)) == text.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,11 +118,6 @@ def check_fits(tokenizer: Tokenizer, config, name: str) -> None:
             f"{name} has ids up to {rows - 1}, but the model has rows for {config.vocab_size}: it is another model's, "
             f"or one to which the token {first[1][:60]!r} was added without a row"
         )
-
-
-def sha256(path: str | Path) -> str:
-    """The hash of a tokenizer's file."""
-    return hashlib.sha256(find(path).read_bytes()).hexdigest()
 
 
 def same(one: Tokenizer, other: Tokenizer) -> bool:

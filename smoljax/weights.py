@@ -78,8 +78,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """MODEL's tokenizer, or the one of a tokenizer.json: `.encode(text).ids`, `.decode(ids)`."""
     file, folder = Path(path), Path(path) / "tokenizer.json"
     if (file.name == "tokenizer.json" and file.is_file()) or (folder.is_file() and not (file / "config.json").exists()):
-        folder = tokenizer.find(path).parent
-        return tokenizer.parse(companions.read(folder)["tokenizer.json"], f"{folder / 'tokenizer.json'}")
+        return tokenizer.parse(special_tokens.tokenizer_json(path), str(tokenizer.find(path)))
     with open_source(path) as source:
         found = words(source.files, source.config, source.name)
     if found is None:

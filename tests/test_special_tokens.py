@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import numpy as np
 import published
 import pytest
 from gguf import GGUFValueType as V
@@ -13,6 +14,7 @@ from infer import convert, generate
 from smoljax import chat, special_tokens, tokenizer, weights
 from smoljax.errors import DataError
 from smoljax.renderer import Renderer
+from train import prepare
 
 NAMED = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>")
 FAST = dict(tokenizer_class="PreTrainedTokenizerFast")
@@ -167,6 +169,16 @@ def test_every_verb_has_the_same_tokenizer(tmp_path):
     (place / "config.json").unlink()
     for path in (place, place / "tokenizer.json"):
         assert weights.load_tokenizer(path).encode("a<tool>b").ids == expected
+
+
+def test_shards_have_them(tmp_path):
+    place = folder(tmp_path / "a", FOLDERS["decoder of two"])
+    (tmp_path / "in.txt").write_text("a<tool>b<think>c")
+    command = [str(tmp_path / "in.txt"), "--tokenizer", str(place), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert prepare.main(command) == 0
+    ids = np.fromfile(next((tmp_path / "out").glob("*.ds")), np.uint16).tolist()
+    assert ids == weights.load_tokenizer(place).encode("a<tool>b<think>c").ids + [0] and {300, 301} < set(ids)
+    assert weights.load_tokenizer(tmp_path / "out").encode("<tool>").ids == [300]
 
 
 # ---- GGUF, as llama.cpp's llama-vocab.cpp has it

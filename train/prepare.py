@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from smoljax import atomic, executors, runtime
+from smoljax import atomic, executors, runtime, special_tokens
 from smoljax import tokenizer as tok
 from smoljax.corpus import Source, find, look
 from smoljax.encode import NOTHING, TASK, Reader, deal, describe, publish, say
@@ -98,7 +98,8 @@ def prepare(args, out: Path, files: dict[str, Path], ignored: list[str]) -> tupl
         sources = list(pool.map(look, files, files.values()))
     settings = {"text_key": args.text_key, "seed": args.seed, "task_bytes": TASK}
     settings |= {"train_tokenizer": args.train_tokenizer} if args.train_tokenizer else {}
-    settings["tokenizer"] = None if args.train_tokenizer else tok.sha256(args.tokenizer)
+    given = special_tokens.tokenizer_json(args.tokenizer) if args.tokenizer else b""
+    settings["tokenizer"] = hashlib.sha256(given).hexdigest() if given else None
     settings["versions"] = {name: version(name) for name in ("datatrove", "tokenizers", "numpy")}
     identity = [VERSION, RULES, settings, [(source.name, source.bytes, source.sha256) for source in sources], ignored]
     settings["key"] = key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
@@ -111,7 +112,7 @@ def prepare(args, out: Path, files: dict[str, Path], ignored: list[str]) -> tupl
     work = out / ".prepare" / key
     work.mkdir(exist_ok=True)
     if args.tokenizer:
-        atomic.copy(tok.find(args.tokenizer), work / "tokenizer.json")
+        atomic.write(work / "tokenizer.json", given)
     elif not (work / "tokenizer.json").exists():
         train_tokenizer(sources, args, work / "tokenizer.json")
     tokenizer = load_tokenizer(work / "tokenizer.json", args.tokenizer or "the trained tokenizer")
@@ -214,6 +215,7 @@ def main(argv=None) -> int:
         tok.check_vocab_size(args.train_tokenizer)
     else:
         tok.load(args.tokenizer)  # a mistake here is known before the text is read
+        special_tokens.tokenizer_json(args.tokenizer)
     out = Path(args.output)
     found = find(args.inputs, out)
     with claim(out):
