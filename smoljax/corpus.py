@@ -14,7 +14,8 @@ TEXT, LINES, CODECS = (".txt", ".md", ".py"), (".jsonl", ".json"), {".gz": "gzip
 # What systems and programs leave behind among a user's files, besides names that begin with a dot. A ._ file beside
 # notes.txt holds a Mac's attributes of it; Spark's _temporary holds rows that were not committed.
 HIDDEN = (".", "~$")
-FOLDERS = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "_temporary"}
+FOLDERS = {"__macosx", "$recycle.bin", "recycler", "#recycle", "@recycle", "system volume information"}
+FOLDERS |= {"network trash folder", "temporary items", "lost+found", "@eadir", "_temporary"}
 FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json"}  # what Hugging Face's datasets says of its own
 CARD = "README.md"  # ... and says at the top of a folder of rows
 
@@ -109,4 +110,4 @@ def inside(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def left(name: str, names: set[str]) -> bool:
-    return name.startswith(HIDDEN) or name in names
+    return name.startswith(HIDDEN) or name.lower() in names

@@ -36,6 +36,8 @@ def foreign(head: bytes) -> str | None:
     for mark, what in MARKS.items():
         if head.startswith(mark):
             return what
+    if len(head) >= 4 and not head.strip(b"\0"):
+        return "of zero bytes, as a crash leaves files"
     low = sorted(sum(byte < 9 for byte in head[i::2]) / max(1, len(head) // 2) for i in (0, 1))
     if len(head) >= 4 and low[0] < 0.6 and low[1] > 0.75:
         return UTF32 if head.count(b"\0\0") > len(head) // 8 else UTF16

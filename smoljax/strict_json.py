@@ -55,6 +55,8 @@ def depth(value) -> int:
 
 def row(line: bytes) -> dict:
     """The object of a line of JSON lines; a DataError where there is none."""
+    if len(line) < 9 and line.strip() in (b"{", b"["):
+        raise DataError("the beginning of JSON over several lines, expected an object a line; jq -c writes it so")
     try:
         found = loads(line)
     except UnicodeDecodeError as e:

@@ -94,6 +94,9 @@ ASIDE = {
     ".Trash-1000/files/old.txt": ".Trash-1000/",
     "__MACOSX/a/._b.txt": "__MACOSX/",
     "$RECYCLE.BIN/S-1-5/$R1.txt": "$RECYCLE.BIN/",
+    "b/$Recycle.Bin/S-1-5/$R2.md": "b/$Recycle.Bin/",
+    "#recycle/notes.txt": "#recycle/",
+    "@Recycle/notes.txt": "@Recycle/",
     "System Volume Information/tracking.txt": "System Volume Information/",
     "lost+found/a.txt": "lost+found/",
     "a/@eaDir/b.txt": "a/@eaDir/",
@@ -101,7 +104,17 @@ ASIDE = {
 }
 # ... and names that are near them, of texts.
 TAKEN = ["a.txt", "_utils.py", "__init__.py", "_posts/2020-01-01.md", "col=_x/a.jsonl", "x.git/a.txt", "~tilde/a.md"]
-TAKEN += ["lost.txt", "MACOSX/a.txt", "a..txt", "b-._c.txt", "UP.TXT", "cache/a.json.gz", "README.md", "$x/a.txt"]
+TAKEN += [
+    "lost.txt",
+    "MACOSX/a.txt",
+    "a..txt",
+    "b-._c.txt",
+    "UP.TXT",
+    "cache/a.json.gz",
+    "README.md",
+    "$x/a.txt",
+    "recycle/a.md",
+]
 
 
 def test_what_is_left_aside_is_named_and_counted(tokenizer, tmp_path, capsys):
@@ -116,7 +129,7 @@ def test_what_is_left_aside_is_named_and_counted(tokenizer, tmp_path, capsys):
     assert sorted(manifest["ignored_files"]) == manifest["ignored_files"] and set(manifest["ignored_files"]) == aside
     assert {source["file"] for source in manifest["sources"]} == set(TAKEN)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left aside" in line]
-    assert line.startswith(f"{len(aside)} left aside: #notes.txt#, $RECYCLE.BIN/, .#notes.md, ... (all in manifest")
+    assert line.startswith(f"{len(aside)} left aside: #notes.txt#, #recycle/, $RECYCLE.BIN/, ... (all in manifest")
 
 
 @pytest.mark.parametrize("name", ["._a.parquet", ".a.parquet", ".cache/a.parquet", "x/.ipynb_checkpoints/a.parquet"])
@@ -275,13 +288,18 @@ TAKEN_COLUMNS = {
     "ordered dictionary": pa.DictionaryArray.from_arrays(
         pa.array([0, None, 1, 0], pa.int8()), ["b", "a"], ordered=True
     ),
+    "dictionaries that differ": pa.chunked_array([dictionary(VALUES), dictionary(VALUES[::-1])]),
+    "wide indices": dictionary(VALUES * 200).cast(pa.dictionary(pa.int64(), pa.string())),
     "no value": pa.nulls(3),
     "no value of a string": pa.nulls(3, pa.string()),
 }
 
 
 @pytest.mark.parametrize("name", TAKEN_COLUMNS)
-@pytest.mark.parametrize("options", [{}, {"store_schema": False}, {"use_dictionary": False, "row_group_size": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"store_schema": False}, {"use_dictionary": False, "row_group_size": 2}, {"dictionary_pagesize_limit": 8}],
+)
 def test_columns_of_strings(tmp_path, name, options):
     pq.write_table(
         pa.table({"text": TAKEN_COLUMNS[name], "n": range(len(TAKEN_COLUMNS[name]))}), tmp_path / "a.parquet", **options

@@ -132,8 +132,9 @@ BAD_VALUES = {
 
 @pytest.mark.parametrize("value", GOOD_VALUES, ids=range(len(GOOD_VALUES)))
 def test_what_json_has(tmp_path, value):
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, MORE + value + b"}", MARK + MORE + value + b"}\r"]))
-    assert [why for _, why in same(tmp_path / "a.jsonl")] == [None] * 3
+    spaced = MORE.replace(b"{", b"  {" + b" " * 20) + value
+    (tmp_path / "a.jsonl").write_bytes(b"}\n".join([GOOD[:-1], MORE + value, spaced, MARK + MORE + value, b""]))
+    assert [why for _, why in same(tmp_path / "a.jsonl")] == [None] * 4
     assert strict_json.loads(value) == json.loads(value)
 
 
@@ -173,6 +174,15 @@ def test_a_line_that_is_no_object(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + line)
     (_, good), (number, why) = same(tmp_path / "a.jsonl")
     assert good is None and number == 2 and why.startswith(("not JSON", "a JSON "))
+
+
+@pytest.mark.parametrize("indent", [1, 4, "\t"])
+@pytest.mark.parametrize("value", [KEYS, [KEYS, KEYS]])
+def test_json_over_several_lines_is_said_to_be_such(tmp_path, indent, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps(value, indent=indent))
+    found = same(tmp_path / "a.jsonl")
+    assert found[0][1].startswith("the beginning of JSON over several lines, expected an object a line")
+    assert all(why for _, why in found) and len(found) == len((tmp_path / "a.jsonl").read_text().splitlines())
 
 
 def test_a_line_too_long_is_a_bad_row_and_takes_no_other_with_it(tmp_path, monkeypatch):
@@ -222,6 +232,8 @@ def test_utf_8_is_read_as_python_reads_it(tmp_path, letters, mark):
     "data, what",
     [
         (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(58), "a Mac's attributes"),
+        (bytes(5), "of zero bytes"),
+        (bytes(1 << 20), "of zero bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS's pointer"),
     ],
 )

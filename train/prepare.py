@@ -133,7 +133,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="smoljax prepare",
         description="Turn text into token shards: .txt .md .py (a file is a document), .jsonl .json (a line is a "
-        "document), any of them as .gz or .zst, .parquet (a row is a document), or folders of these.",
+        "document), any of them as .gz or .zst, .parquet (a row is a document), or folders of these. What is left "
+        "aside in a folder, as hidden files are, is named in DIR/manifest.json.",
         epilog="One file is read by one process, however large: cut a huge file into parts of some 64 MB to use all "
         "workers. The same command again finishes a killed run, and does nothing where nothing has changed. "
         "With --executor slurm a job array is submitted and waited for, and the shards appear when all of it is done; "
