@@ -1,4 +1,4 @@
-"""Messages to text by a chat template, and to ids; template.py renders."""
+"""A model's chat templates, and conversations a line each; template.py renders, renderer.py gives it what it sees."""
 
 import logging
 from collections.abc import Iterator

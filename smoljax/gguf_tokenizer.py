@@ -11,6 +11,7 @@ from smoljax.config import Model
 from smoljax.errors import DataError
 from smoljax.exchange import Source
 from smoljax.gguf_header import Header, show
+from smoljax.hf import some
 from smoljax.special_tokens import TURN_ENDS
 from smoljax.tokenizer_file import ADDED_LIMIT, VOCAB_LIMIT
 
@@ -24,6 +25,7 @@ NAMES |= {"sep_token": "seperator", "cls_token": "cls", "mask_token": "mask"}  #
 # What llama.cpp takes for the end of a generation by its text, beside the turns' ends (llama-vocab.cpp).
 FIM_ENDS = ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>")
 FIM_ENDS += ("<REPO>", "<reponame>", "<|file_sep|>")
+END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # and by these keys
 
 log = logging.getLogger("smoljax")
 
@@ -32,7 +34,11 @@ def read_files(header: Header, config: Model) -> tuple[dict[str, bytes], tuple[i
     """What would lie beside a Hugging Face model, name -> content; and the ids that end a generation by their texts."""
     get, files = header.value, {}
     ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    if len(suppressed := get(f"{PREFIX}suppress_tokens", np.ndarray, np.zeros(0, np.int32))):
+        ids["suppress_tokens"] = suppressed.tolist()  # which generate refuses, unless told to leave it aside
     files["generation_config.json"] = companions.to_json({k: v for k, v in ids.items() if v is not None})
+    if sampling := [key for key in header.values if key.startswith("general.sampling.")]:
+        log.warning(f"{header.path}: {some(sampling)} are not used; give what they say as flags")
     if (template := get(TEMPLATE, str, None)) is not None:
         files["chat_template.jinja"] = template.encode()
     for key in header.values:
@@ -60,7 +66,9 @@ def read_files(header: Header, config: Model) -> tuple[dict[str, bytes], tuple[i
         settings["chat_template"] = template
     files["tokenizer_config.json"] = companions.to_json(settings)
     added = {token.content: id for id, token in words.get_added_tokens_decoder().items()}
-    return files, tuple(id for text, id in added.items() if text in (*TURN_ENDS, *FIM_ENDS))
+    ends = [id for text, id in added.items() if text in (*TURN_ENDS, *FIM_ENDS)]
+    ends += [get(f"{PREFIX}{key}_token_id", int, None) for key in END_KEYS]
+    return files, tuple(id for id in dict.fromkeys(ends) if id is not None and 0 <= id < config.vocab_size)
 
 
 def read_tokenizer(header: Header, config: Model):
@@ -110,7 +118,7 @@ def mended(header: Header, config: Model, tokens: list[bytes], types: list[int],
     is and no merge makes, for a text would never become it.
     """
     get = header.value
-    keys = {get(f"{PREFIX}{key}_token_id", int, None) for key in (*NAMES.values(), "eot", "eom")}
+    keys = {get(f"{PREFIX}{key}_token_id", int, None) for key in (*NAMES.values(), *END_KEYS)}
     ends = {text.encode() for text in (*TURN_ENDS, *FIM_ENDS)}
     overridden = []
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):

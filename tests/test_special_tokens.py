@@ -12,7 +12,7 @@ from published import CHATML, SIZE, TEXT, gguf_file
 
 from infer import convert, generate
 from smoljax import chat, special_tokens, tokenizer, weights
-from smoljax.errors import DataError
+from smoljax.errors import DataError, UsageError
 from smoljax.renderer import Renderer
 from train import prepare
 
@@ -238,6 +238,7 @@ ENDS = [
     ({"eos": 0}, {0, 2, 4}),
     ({"eos": 5, "eot": 6}, {0, 2, 4, 5, 6}),
     ({"eos": 5, "eot": 6, "eom": 7}, {0, 2, 4, 5, 6, 7}),
+    ({"eos": 2, "fim_pad": 7, "fim_rep": 8, "fim_sep": 9}, {0, 2, 4, 7, 8, 9}),
     ({}, {0, 2, 4}),
 ]
 
@@ -247,6 +248,17 @@ def test_what_ends_a_generation(ids, expected, tmp_path):
     drop = tuple(f"{P}{key}_token_id" for key in ("eos", "eot", "eom"))
     keys = {f"{P}{key}_token_id": (id, V.UINT32) for key, id in ids.items()}
     assert set(weights.read(gguf_file(tmp_path / "a.gguf", keys, drop)).ends) == expected
+
+
+def test_what_else_a_file_says_of_sampling(tmp_path, capsys, caplog):
+    """Keys that would change tokens are refused or said: llama.cpp takes both from the file."""
+    keys = {f"{P}suppress_tokens": ([7, 8], V.ARRAY, V.INT32), "general.sampling.temp": (0.6, V.FLOAT32)}
+    file = gguf_file(tmp_path / "a.gguf", keys)
+    args = [str(file), "--prompt", "hello", "--max-new-tokens", "1"]
+    with pytest.raises(UsageError, match=r"suppress_tokens = \[7, 8\], which smoljax has not; --no-generation-config"):
+        generate.main(args)
+    assert "general.sampling.temp are not used; give what they say as flags" in caplog.text
+    assert generate.main([*args, "--no-generation-config"]) == 0
 
 
 @pytest.mark.parametrize("token", special_tokens.TURN_ENDS)
