@@ -4,9 +4,10 @@
     smoljax generate MODEL --messages FILE
     smoljax generate MODEL --input prompts.jsonl --output out.jsonl
 
-The model's own end-of-text token ends a row, and its generation_config.json says how to sample where the flags do not;
-else the likeliest token is taken each time. A file is .jsonl (a "prompt" or "messages" a line; "seed" and
-"max_new_tokens" there hold for the row, other keys are passed through), .parquet or .txt. The output has a row for
+The model's end-of-text tokens end a row, and the chat template's end of turn an answer. Its generation_config.json says
+how to sample where the flags do not; else the likeliest token is taken each time. A file is .jsonl (a "prompt" or
+"messages" a line; "seed" and "max_new_tokens" there hold for the row, the chat template sees "tools", "documents" and
+"chat_template_kwargs", other keys are passed through), .parquet or .txt. The output has a row for
 each, in order; a bad one has an "error" in place of a text, and then the exit code is 3. A job that is killed goes on
 where it was by the same command.
 """
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--presence-penalty", type=float, metavar="P", help="subtracted where a token was given")
     a.add_argument("--logit-bias", action="append", default=[], metavar="ID=X", help="added to a token's logit")
     a.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a row, and is not part of it")
-    a.add_argument("--eos", action="append", type=int, metavar="ID", help="ends a row, in place of the model's own")
+    a.add_argument("--eos", action="append", type=int, metavar="ID", help="ends a row, in place of all that would")
     a.add_argument("--ignore-eos", action="store_true", help="nothing but the limit, or --stop, ends a row")
     a.add_argument("--seed", type=int, default=0, help="of the samples; equal prompts give equal samples")
     a.add_argument("--n", type=int, default=1, metavar="N", help="samples a prompt, by seeds SEED ... SEED + N - 1")

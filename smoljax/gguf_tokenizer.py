@@ -52,7 +52,7 @@ def read_files(header: Header, config: Model) -> tuple[dict[str, bytes], tuple[i
             "with 'smollm') can be rebuilt, so the model comes without one"
         )
         return files, ()
-    words = read_tokenizer(header, config)
+    words = read_tokenizer(header)
     tokenizer.check_fits(words, config, f"{header.path}: tokenizer.ggml.tokens")
     files["tokenizer.json"] = words.to_str(pretty=True).encode()
     settings = {"clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings}
@@ -71,7 +71,7 @@ def read_files(header: Header, config: Model) -> tuple[dict[str, bytes], tuple[i
     return files, tuple(id for id in dict.fromkeys(ends) if id is not None and 0 <= id < config.vocab_size)
 
 
-def read_tokenizer(header: Header, config: Model):
+def read_tokenizer(header: Header):
     """SmolLM's kind of tokenizer from the vocabulary and the merges; what is wrong is said while they are bytes."""
     get, fail = header.value, header.fail
     tokens, merges = get(f"{PREFIX}tokens", list), get(f"{PREFIX}merges", list, None)
@@ -94,7 +94,7 @@ def read_tokenizer(header: Header, config: Model):
         if merge.count(b" ") != 1 or not (one in vocab and two in vocab and one + two in vocab):
             fail(f"{PREFIX}merges holds {show(merge)}, expected two tokens that make a third, a space between them")
         made.add(one + two)
-    types = mended(header, config, tokens, types, made)
+    types = mended(header, tokens, types, made)
     added = [i for i, kind in enumerate(types) if kind in WHOLE]
     if len(added) > ADDED_LIMIT:
         fail(f"{PREFIX}token_type has {len(added):,} special tokens, expected at most {ADDED_LIMIT:,}")
@@ -107,11 +107,11 @@ def read_tokenizer(header: Header, config: Model):
     spec["added_tokens"] = [
         {"id": i, "content": tokens[i].decode(), **plain, "special": types[i] != USER_DEFINED} for i in added
     ]
-    spec["post_processor"] = around(header, config, tokens) or spec["post_processor"]
+    spec["post_processor"] = post_processor(header, tokens) or spec["post_processor"]
     return tokenizer.parse(json.dumps(spec, ensure_ascii=False).encode(), f"{header.path}: its tokenizer")
 
 
-def mended(header: Header, config: Model, tokens: list[bytes], types: list[int], made: set[bytes]) -> list[int]:
+def mended(header: Header, tokens: list[bytes], types: list[int], made: set[bytes]) -> list[int]:
     """The types, with control for tokens that only look like ordinary ones, which llama.cpp overrides likewise.
 
     Those are: the ones that a key names or that end a generation by their text; and what is written as a special token
@@ -136,7 +136,7 @@ def mended(header: Header, config: Model, tokens: list[bytes], types: list[int],
     return [CONTROL if i in overridden else kind for i, kind in enumerate(types)]
 
 
-def around(header: Header, config: Model, tokens: list[bytes]) -> dict | None:
+def post_processor(header: Header, tokens: list[bytes]) -> dict | None:
     """What stands around a plain text by add_bos_token and add_eos_token, as a tokenizer.json has it."""
     single, special = [{"Sequence": {"id": "A", "type_id": 0}}], {}
     for key, at in (("bos", 0), ("eos", 2)):
@@ -186,7 +186,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: Source):
     for key, id in (ids | dict(zip(("eos", "eot", "eom"), ends, strict=False))).items():
         if id is not None:
             writer.add_uint32(f"{PREFIX}{key}_token_id", id)
-    before, behind = added_around(words, name)
+    before, behind = special_tokens.around(words)
     for ids_added, key in ((before, "bos"), (behind, "eos")):
         if ids_added not in ([], [ids[key]]):
             raise DataError(f"{name} adds the ids {ids_added} to each text; llama.cpp adds a bos and an eos alone")
@@ -197,15 +197,6 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: Source):
     templates = [{"name": name, "template": text} for name, text in chat.templates(files).items()]
     if templates:
         writer.add_chat_template(templates if len(templates) > 1 else templates[0]["template"])
-
-
-def added_around(words, name: str) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer adds before and behind a text."""
-    plain, whole = (words.encode("a", add_special_tokens=add).ids for add in (False, True))
-    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
-    if at is None:
-        raise DataError(f"{name} has a post_processor that changes a text; llama.cpp adds a bos and an eos alone")
-    return whole[:at], whole[at + len(plain) :]
 
 
 def check_rules(spec: dict, name: str):

@@ -39,6 +39,8 @@ def read(files: dict[str, bytes]) -> Named:
     if not alone:
         found |= parse_json(files.get("special_tokens_map.json", b"{}"), "special_tokens_map.json")
     extra = found.get("extra_special_tokens") or found.get("additional_special_tokens") or []
+    if not isinstance(extra, list | dict) or len(extra) > ADDED_LIMIT:
+        raise DataError(f"{SETTINGS} has extra special tokens {str(extra)[:60]}, expected at most {ADDED_LIMIT:,}")
     named = {key: value for key, value in found.items() if key in NAMES or is_token(key, value)}
     named |= extra if isinstance(extra, dict) else {}
     texts = {key: None if value is None else text(value, key) for key, value in named.items()}
@@ -63,7 +65,7 @@ def is_token(key: str, value) -> bool:
 def text(value, name: str) -> str:
     value = value.get("content") if isinstance(value, dict) else value
     if not isinstance(value, str) or not value:
-        raise DataError(f"{SETTINGS}: {name} is {value!r:.60}, expected a token's text")
+        raise DataError(f"{SETTINGS} or special_tokens_map.json: {name} is {value!r:.60}, expected a token's text")
     return value
 
 
@@ -162,8 +164,15 @@ def model_ids(ids) -> tuple[int, ...]:
     return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
+def around(words: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer adds before and behind a plain text."""
+    plain, whole = (words.encode("a", add_special_tokens=add).ids for add in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:at], whole[at + len(plain) :]
+
+
 def contradictions(files: dict[str, bytes], config, words: Tokenizer) -> list[str]:
-    """Sentences: where the tokenizer and the model's config differ on a special token, and which holds."""
+    """Sentences: where files differ on a special token, and which holds."""
     named, found = read(files).texts, []
     for name, holds in (("bos_token", "the former is used"), ("eos_token", "both end a text")):
         ids = model_ids(getattr(config, f"{name}_id"))
@@ -171,5 +180,12 @@ def contradictions(files: dict[str, bytes], config, words: Tokenizer) -> list[st
             found.append(
                 f"{name} is {named[name]!r:.60} ({own}) in the tokenizer's files, {', '.join(map(str, ids))} in the "
                 f"model's config; {holds}"
+            )
+    settings = parse_json(files.get(SETTINGS, b"{}"), SETTINGS)
+    for name, ids in zip(("add_bos_token", "add_eos_token"), around(words), strict=True):
+        if settings.get(name) not in (None, bool(ids)):
+            found.append(
+                f"{name} is {settings[name]} in {SETTINGS}, and by tokenizer.json a plain text gets "
+                f"{ids or 'none'}; as in transformers, the latter holds"
             )
     return found

@@ -140,6 +140,25 @@ def test_contradictions_are_said_once(tmp_path, caplog):
     )
 
 
+ADDING = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}]}
+ADDING["single"] += [{"Sequence": {"id": "A", "type_id": 0}}]
+ADDING["pair"] = [*ADDING["single"], {"Sequence": {"id": "B", "type_id": 1}}]
+ADDING["special_tokens"] = {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("says", [None, False, True])
+def test_add_bos_token_of_a_folder(says, adds, tmp_path, caplog):
+    """tokenizer.json alone says what a plain prompt gets, as in transformers; where the settings differ, so is said."""
+    transformers = pytest.importorskip("transformers")
+    settings = NAMED | FAST | ({} if says is None else {"add_bos_token": says})
+    spec = json.loads(published.tokenizer_json()) | ({"post_processor": ADDING} if adds else {})
+    place = folder(tmp_path / "a", {"tokenizer_config.json": settings, "tokenizer.json": spec})
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(place)
+    assert weights.read(place).tokenizer.encode("hello").ids == theirs("hello")["input_ids"]
+    assert ("as in transformers, the latter holds" in caplog.text) == (says not in (None, adds))
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -151,9 +170,10 @@ def test_contradictions_are_said_once(tmp_path, caplog):
         ({"eos_token": 2}, "eos_token is 2, expected a token's text"),
         ({"eos_token": {"content": None}}, "eos_token is None, expected a token's text"),
         ({"extra_special_tokens": ["a", 3]}, "a special token is 3, expected a token's text"),
+        ({"extra_special_tokens": "<a>"}, "has extra special tokens <a>, expected at most"),
         ({"extra_special_tokens": [f"<{i}>" for i in range(5)]}, "the token '<4>' was added without a row"),
     ],
-    ids=range(9),
+    ids=range(10),
 )  # fmt: skip
 def test_what_is_refused_by_name(settings, words, tmp_path):
     place = folder(tmp_path / "a", {"tokenizer_config.json": NAMED | FAST | settings})
