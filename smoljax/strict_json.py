@@ -1,5 +1,6 @@
 """JSON as all readers agree on it: no key twice in an object, no NaN or infinity, no half of a surrogate pair."""
 
+import codecs
 import json
 import math
 
@@ -10,12 +11,12 @@ DEPTH = 500  # of objects and lists; Python's own limit depends on its version a
 
 def loads(content: bytes):
     """What it holds; a byte order mark before it is nothing. ValueError, whose text says what is wrong."""
-    text = content.decode("utf-8-sig")
+    text = content.removeprefix(codecs.BOM_UTF8).decode()
     try:
         found = DECODER.decode(text)
-        if "\\ud" in text or "\\uD" in text:
+        if "\\u" in text and ("\\ud" in text or "\\uD" in text):
             json.dumps(found, ensure_ascii=False).encode()  # half a pair is found here
-        if text.count("[") + text.count("{") > DEPTH and depth(found) > DEPTH:
+        if len(text) > DEPTH and text.count("[") + text.count("{") > DEPTH and depth(found) > DEPTH:
             raise RecursionError
     except RecursionError:
         raise ValueError("it is nested too deep") from None
@@ -56,7 +57,7 @@ def depth(value) -> int:
 def row(line: bytes) -> dict:
     """The object of a line of JSON lines; a DataError where there is none."""
     if len(line) < 9 and line.strip() in (b"{", b"["):
-        raise DataError("the beginning of JSON over several lines, expected an object a line; jq -c writes it so")
+        raise DataError("not JSON (it goes on over several lines; write an object a line, as jq -c does)")
     try:
         found = loads(line)
     except UnicodeDecodeError as e:

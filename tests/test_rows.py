@@ -181,7 +181,7 @@ def test_a_line_that_is_no_object(tmp_path, line):
 def test_json_over_several_lines_is_said_to_be_such(tmp_path, indent, value):
     (tmp_path / "a.jsonl").write_text(json.dumps(value, indent=indent))
     found = same(tmp_path / "a.jsonl")
-    assert found[0][1].startswith("the beginning of JSON over several lines, expected an object a line")
+    assert found[0][1].startswith("not JSON (it goes on over several lines; write an object a line")
     assert all(why for _, why in found) and len(found) == len((tmp_path / "a.jsonl").read_text().splitlines())
 
 
