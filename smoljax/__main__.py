@@ -27,8 +27,9 @@ VERBS = {
 HELP = f"""usage: smoljax VERB ...    (smoljax VERB --help says more)
 
 {"".join(f"  {verb:12s} {what}" + chr(10) for verb, (_, what) in VERBS.items())}
-exit codes: 0 fine, 1 the run failed, 2 usage or config, 3 bad data or weights, 4 checkpoint trouble,
-            75 stopped and resumable: the same command goes on, 130 interrupted"""
+exit codes: 0 fine, 1 the run failed, 2 usage or config, 3 bad data or weights, 4 checkpoint or disk trouble in a run,
+            75 stopped and resumable: the same command goes on, 130 interrupted, 141 nobody reads the results (a
+            training goes on without), 134 JAX lost another process, 129, 137, 143 ended by SIGHUP, SIGKILL, SIGTERM"""
 
 
 def dispatch(argv: list[str]) -> int:
@@ -47,16 +48,20 @@ def dispatch(argv: list[str]) -> int:
     return program.main(rest)
 
 
+def command(argv: list[str]) -> int:
+    notes = logging.StreamHandler()  # sys.stderr as `run` has made it
+    notes.setFormatter(logging.Formatter("smoljax: %(message)s"))
+    logging.getLogger("smoljax").addHandler(notes)
+    logging.getLogger("smoljax").propagate = False
+    return dispatch(argv)
+
+
 def main() -> int:
     # An exception in the middle of an import is swallowed here and a crash there: until runtime.py hears interrupts,
     # Ctrl-C ends the process.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    notes = logging.StreamHandler()
-    notes.setFormatter(logging.Formatter("smoljax: %(message)s"))
-    logging.getLogger("smoljax").addHandler(notes)
-    logging.getLogger("smoljax").propagate = False
-    return run(dispatch, sys.argv[1:])
+    return run(command, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -10,13 +10,25 @@ import socket
 import time
 from pathlib import Path
 
-from smoljax.errors import UsageError, require
+from smoljax.errors import DISK, NotWritten, UsageError, require
+
+
+@contextlib.contextmanager
+def naming(file: Path):
+    """Around what writes `file`: where its disk is full or broken, NotWritten names it; Python names what it opens."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in DISK:
+            raise NotWritten(e.errno, e.strerror, str(file)) from e
+        raise
 
 
 def write(file: Path, content: str | bytes):
     part = file.with_name(f"{file.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(part, file)
+    with naming(file):
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, file)
 
 
 def write_json(file: Path, value, indent: int = 1):
@@ -32,17 +44,19 @@ def stream(file: Path):
     except OSError as e:
         raise UsageError(f"{file} cannot be written ({e.strerror})") from None
     try:
-        with held:
-            yield held
-        os.replace(part, file)
+        with naming(file):
+            with held:
+                yield held
+            os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
 
 
 def copy(source: Path, file: Path):
     part = file.with_name(f"{file.name}.part")
-    shutil.copyfile(source, part)
-    os.replace(part, file)
+    with naming(file):
+        shutil.copyfile(source, part)
+        os.replace(part, file)
 
 
 @contextlib.contextmanager
@@ -83,5 +97,6 @@ def lock(file: Path, sentence: str):
             raise UsageError(f"{sentence} ({held.read().strip() or 'it does not say who it is'})") from None
         held.truncate(0)
         held.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        held.flush()
+        with naming(file):
+            held.flush()
         yield

@@ -31,9 +31,11 @@ def write(run: Path, n: int, config: Train, batch: dict, values: dict, consumed:
     folder = run / "dumps" / str(n)
     folder.mkdir(parents=True, exist_ok=True)
     rows, arrays = local(batch)
-    with open(folder / f"rows-{jax.process_index()}.npz.part", "wb") as f:
-        np.savez(f, rows=rows, **arrays)
-    os.replace(f.name, f.name.removesuffix(".part"))
+    file = folder / f"rows-{jax.process_index()}.npz"
+    with atomic.naming(file):
+        with open(f"{file}.part", "wb") as f:
+            np.savez(f, rows=rows, **arrays)
+        os.replace(f.name, file)
     if processes.first():
         pin(run, folder, n)
         content = {"step": n, "loss": repr(values["loss"]), "grad_norm": repr(values["grad_norm"])}

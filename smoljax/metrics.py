@@ -154,7 +154,7 @@ def read(run: Path, most: int | None = None) -> list[dict]:
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         return []
-    with open(file) as lines:
+    with open(file, encoding="utf-8") as lines:
         count = sum(1 for _ in lines)
         every = max(count // most, 1) if most else 1
         lines.seek(0)
@@ -179,7 +179,7 @@ class Log:
     def __init__(self, run: Path, step: int, steps: int):
         file = Path(run) / "metrics.jsonl"
         end = next((end for end, record in backwards(file) if record["step"] <= step), 0)
-        self.file = open(file, "a")
+        self.file = open(file, "ab", buffering=0)  # a buffer would be written once more as it is closed, and fail again
         self.file.truncate(end)
         self.begun, self.first, self.steps, self.shown = None, step, steps, 0.0
         self.bar = progress_bar(step, steps) if sys.stderr.isatty() else None
@@ -195,8 +195,7 @@ class Log:
     def write(self, record: dict):
         """record: {"step": updates done, "train/loss": ..., ...}, numbers and dicts of numbers only."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")  # JSON has no NaN: null is a step that had none
-        self.file.flush()
+        self.append(json.dumps(finite, allow_nan=False) + "\n", record["step"])  # JSON has no NaN: null is none
         now, last = time.monotonic(), record["step"] == self.steps
         if self.begun is None:  # compiling came before the first record, and says nothing about the others
             self.begun, self.first, eta = now, record["step"], clock(0) if last else "unknown"
@@ -208,6 +207,18 @@ class Log:
             self.shown = now
             done = f"step {record['step']}/{self.steps}"
             print(f"{done}  {summary(record)}  eta {eta}", file=sys.stderr, flush=True)
+
+    def append(self, line: str, step: int):
+        """A full disk may take a part of the line: the resumed run cuts it off."""
+        rest = memoryview(line.encode())
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.file.name} cannot be written at step {step}: {e.strerror}; make room, and the same command "
+                "goes on from the last checkpoint"
+            ) from e
 
 
 def progress_bar(step: int, steps: int):

@@ -191,6 +191,7 @@ def together():
 def leave(sentence: str, code: int):
     """End at once, whatever other threads and processes wait for."""
     print(f"smoljax: {sentence}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -16,7 +16,7 @@ import jax
 from smoljax import atomic, attention, budget, committed, settings, tokenizer, weights
 from smoljax.config import Guard, Train
 from smoljax.data import Rows
-from smoljax.errors import CheckpointError, DataError, Error, UsageError, require
+from smoljax.errors import DISK, CheckpointError, DataError, Error, UsageError, require
 from smoljax.step import TrainState, abstract_state, compiled_init
 
 # What a resumed run may change: how it computes, watches and reports, and what lies ahead. All else is refused; data
@@ -194,6 +194,20 @@ def attending(config: Train) -> dict[int, str]:
         backend, why = attention.choose(at.compute, at.data.seq_len, at.data.mask_documents)
         found[start] = f"{backend} ({why})"
     return found
+
+
+@contextlib.contextmanager
+def disk(folder: Path):
+    """Around a run: a file of its folder that cannot be written is as a checkpoint that cannot."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in DISK:
+            raise
+        raise CheckpointError(
+            f"{e.filename or f'a file in {folder}'} cannot be written: {e.strerror}; make room, and the same "
+            "command goes on from the last checkpoint"
+        ) from e
 
 
 @contextlib.contextmanager

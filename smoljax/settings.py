@@ -168,7 +168,7 @@ def of_run(folder: Path) -> Train | None:
     """The config of a run's folder; None where its config.json is of something else. A CheckpointError if damaged."""
     file = folder / "config.json"
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise CheckpointError(f"{file} is not JSON ({e}); restore it from a checkpoint's metadata") from None
     fine = isinstance(values, dict) and {"model", "steps"} <= values.keys()

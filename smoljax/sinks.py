@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from smoljax import atomic
+from smoljax import atomic, streams
 from smoljax.errors import UsageError, require
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -162,6 +162,7 @@ class Refused(Exception):
 
 def serve(name: str):
     """Read begin, records and close from stdin, a line each; answer each on stdout. Ends when stdin does."""
+    streams.secure()  # its stderr is the training's, and may lose its reader
     answers = os.dup(1)
     os.dup2(2, 1)  # what the package prints is for people, not for the pipe nor for the training's results
     questions = os.fdopen(os.dup(0))

@@ -14,6 +14,7 @@ from pathlib import Path
 from smoljax.errors import INTERRUPTED, RESUMABLE, Error
 from smoljax.processes import leave
 
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FULL = 1  # why to stop, beside the signals' numbers: host memory is beyond guard.max_rss_gb
 
 
@@ -26,7 +27,9 @@ def stopped(n: int, why: int) -> Error:
 
 
 class Stop:
-    """SIGTERM (a scheduler) and SIGINT (Ctrl-C) ask the loop to save and end; a second one ends it at once.
+    """SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) ask the loop to save and end.
+
+    A second one, unless it is a SIGHUP, ends it at once. A SIGHUP that is ignored, as nohup has it, stays so.
 
     `asked` is 0 or the signal's number. The run has `grace_s` seconds from the first signal, saved or not: schedulers
     kill without warning after theirs (SLURM 30 s, Kubernetes 30 s, spot machines 30 to 120 s, unless told otherwise).
@@ -45,7 +48,8 @@ class Stop:
             self.wakeup = signal.set_wakeup_fd(self.pipe[1])
             self.thread = threading.Thread(target=self.listen, name="signals", daemon=True)
             self.thread.start()
-            self.before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
+            heard = [s for s in ASKING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+            self.before = {s: signal.signal(s, lambda *_: None) for s in heard}
         return self
 
     def __exit__(self, *_):
@@ -62,15 +66,18 @@ class Stop:
 
     def listen(self):
         while number := os.read(self.pipe[0], 1)[0]:
-            if number in (signal.SIGTERM, signal.SIGINT):
+            if number in self.before:
                 self.hear(number)
 
     def hear(self, number: int):
         code = INTERRUPTED if number == signal.SIGINT else RESUMABLE
+        if self.asked and number == signal.SIGHUP:
+            return  # a shell that ends and the kernel send one each
         if self.asked:
             os._exit(code)
         self.asked = number
-        os.write(2, b"\nsmoljax: saving, then stopping; a second signal stops at once\n")
+        with contextlib.suppress(OSError):  # whoever closes the terminal sends a signal too
+            os.write(2, b"\nsmoljax: saving, then stopping; a second signal stops at once\n")
         late = f"no checkpoint within guard.grace_s = {self.grace_s:g} s of the signal; the last one stands"
         self.timer = threading.Timer(self.grace_s, leave, (late, code))
         self.timer.daemon = True

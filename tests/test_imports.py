@@ -11,7 +11,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 # A library module imports from its own line and the lines above. One that is not named here stands on a last line.
 LINES = [
-    {"errors"},
+    {"streams", "errors"},
     {"config", "quantize", "sampling", "speculate"},
     {"layout"},
     {

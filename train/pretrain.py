@@ -18,7 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from smoljax import atomic, processes, settings, watch
+from smoljax import atomic, processes, settings, streams, watch
 from smoljax.config import Train
 from smoljax.errors import run
 
@@ -40,6 +40,7 @@ def main(argv=None) -> int:
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help=more)
     processes.add_flags(parser)
     args = parser.parse_intermixed_args(argv)
+    streams.forgive()  # its result is RUN: it goes on without a reader
     config = settings.load(args.config, args.settings)
     if args.dry_run:
         from smoljax import dryrun
@@ -72,6 +73,7 @@ def main(argv=None) -> int:
         fitted = budget.fitting(config, dict(mesh.shape), memory)  # config.json keeps "auto", for another machine
         attending = runs.attending(fitted)
         stack.enter_context(runs.memory(fitted, mesh))
+        stack.enter_context(runs.disk(folder))
         stop = stack.enter_context(watch.Stop(config.guard.grace_s))
         changes = processes.on_first(partial(claim, folder, config, args.allow_change, stack))
         stack.enter_context(jax.set_mesh(mesh))

@@ -4,14 +4,17 @@
 #     restart.sh smoljax pretrain smollm2-135m run=/shared/135m data.sources=/shared/shards
 #
 # Start:  the same line on every host of the run; alone on one host too. Nothing to edit.
-# Stop:   kill -TERM this script (or Ctrl-C): the command saves and ends, and so does this, with its exit code.
+# Stop:   kill -TERM this script (or Ctrl-C, or close its terminal): the command saves and ends, and so does this, with
+#         its exit code. Under nohup it outlives the terminal.
 #
 # Started again after PAUSE seconds (10):
 #     75   preempted, a lost process, a watchdog: the same command goes on from the last checkpoint
 #     134  the JAX runtime aborted: its coordinator died, or another process hangs
 #     137  this process was killed without warning, as by a machine short of memory
-# Any other code ends this with that code. So does the MAX_RESTARTS-th (3) restart in a row that brought no new
-# checkpoint in RUN/checkpoints; RUN is what the command line says with run=DIR.
+# Any other code ends this with that code: 0 done, 1 failed, 2 usage or config, 3 data or weights, 4 checkpoints or a full
+# disk, 130 Ctrl-C, 129 and 143 SIGHUP and SIGTERM before the training had begun. A training does not end with 141: it
+# goes on when nobody reads what it says. The MAX_RESTARTS-th (3) restart in a row that brought no new checkpoint in
+# RUN/checkpoints ends this too; RUN is what the command line says with run=DIR.
 set -u -m # -m: the command is a process group of its own, so that a Ctrl-C reaches it once, from here
 
 run=
@@ -37,7 +40,7 @@ hear() {
     stop=yes again=yes
     [[ -z $child ]] || kill -TERM "$child" 2>/dev/null
 }
-trap hear TERM INT
+trap hear TERM INT HUP
 
 idle=0
 while true; do
