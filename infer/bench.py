@@ -62,6 +62,9 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--suite", nargs="?", const="all", metavar="PARTS", help="tables; or some: decode,prefill,layout,bandwidth"
     )
+    parser.add_argument(
+        "--measure-forms", action="store_true", help="time anew which forms of the matrices are fastest here"
+    )
     parser.add_argument("--out", metavar="FILE", help="the suite's JSON (default: bench-decode-DEVICE.json)")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is JSON")
     args = parser.parse_intermixed_args(argv)
@@ -70,8 +73,10 @@ def main(argv=None) -> int:
     if args.against:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are on one GPU
     own = configured(args)
-    from smoljax import decode_measure, decode_suite, measure, suite
+    from smoljax import decode_measure, decode_suite, forms, measure, suite
 
+    if args.measure_forms:
+        forms.forget()
     if args.suite:
         suite.chosen(args.suite, decode_suite.PARTS)  # a mistake is said before weights are made
     model = read(args.model, own)

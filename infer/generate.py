@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--batch-size", type=int, metavar="B", help="rows at a time, on each device (8 on a CPU, else 64)")
     b.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens a round that are guessed, and checked")
     b.add_argument("--draft", metavar="MODEL", help="a small model that guesses (default: what stood there before)")
+    b.add_argument("--measure-forms", action="store_true", help="time anew which forms of matrices are fastest here")
+    b.add_argument("--verbose", action="store_true", help="say on stderr which forms of matrices it computes with")
     b.add_argument(
         "--num-processes", type=int, metavar="N", help="that share the job (default: srun's, MPI's, a pod's)"
     )
@@ -97,7 +99,7 @@ def main(argv=None) -> int:
         require(bool(rows), f"{args.messages} holds no conversation; give one a line")
     if args.input:
         row_files.count(Path(args.input))
-    runtime.start()
+    runtime.start(shortest=0)
     if processes == (0, 1) and args.num_processes is None:
         processes = jax.process_index(), jax.process_count()  # a TPU pod's hosts find each other
     loaded = weights.read(args.model)
@@ -147,7 +149,7 @@ def ending(args, loaded, renderer) -> tuple[int, ...]:
 def job(args, found: dict, processes: tuple[int, int]) -> jobs.Job:
     """What may not change when it goes on: the flags but those of who computes it, and what was found of the model."""
     what = vars(args) | found
-    for name in ("input", "output", "num_processes", "process_id", "batch_size", "json"):
+    for name in ("input", "output", "num_processes", "process_id", "batch_size", "json", "verbose", "measure_forms"):
         what.pop(name)
     return jobs.Job(Path(args.input), Path(args.output), what, *processes)
 
@@ -156,26 +158,28 @@ def engines(args, loaded, how, eos, rows: int, work: jobs.Job | None) -> list:
     """One for each device that is needed."""
     import jax
 
-    from smoljax import weights
+    from smoljax import forms, weights
     from smoljax.config import Compute
     from smoljax.engine import Engine
     from smoljax.quantize import quantize
 
+    if args.measure_forms:
+        forms.forget()
     model = quantize(loaded.model) if args.int8 and loaded.dtype != "int8" else loaded.model
     wanted = (work.what["rows"] if work else rows) * args.n
     size = min(args.batch_size or (8 if jax.default_backend() == "cpu" else 64), wanted)
-    served = laid_out(model, args.dtype, size * (1 + args.drafts), work)
+    served = laid_out(model, args.dtype, size * (1 + args.drafts), work, args.verbose)
     options = {"sampling": how, "eos": eos, "compute": Compute(dtype=args.dtype), "cache": args.cache}
     options |= {"drafts": args.drafts, "draft": weights.load(args.draft) if args.draft else None}
     return [Engine(served, size, device=device, **options) for device in jax.local_devices()[: -(-wanted // size)]]
 
 
-def laid_out(model, dtype: str, rows: int, work):
+def laid_out(model, dtype: str, rows: int, work, verbose: bool):
     """The model in the forms that are fastest here; of a job that goes on, in those that it had, for equal sums."""
     from smoljax.layout import lay_out
 
     served = lay_out(model, dtype, rows, work.kept.get("ways") if work else None)
-    if served.report:
+    if served.report and verbose:
         print(f"smoljax: laid out for {served.report}", file=sys.stderr)
     if work and (ways := work.keep("ways", served.ways)) != served.ways:  # of another process, which was first
         served = lay_out(model, dtype, rows, ways)

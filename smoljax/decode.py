@@ -138,9 +138,15 @@ def trunk(model: Served, tokens, rows, positions, cache):  # BT B BT -> BTD
     c, x, kept = model.config, model.look_up(tokens), []
     angles = rope.angles(positions, c.head_dim, c.rope_theta)
     for block, layer in zip(model.layers, cache, strict=True):
-        x, layer = spread(block)(x, angles, functools.partial(layer.attend, rows=rows, positions=positions))
+        x, layer = through(block, layer, x, angles, rows, positions)
         kept.append(layer)
     return rms_norm(x, model.norm, c.rms_norm_eps), tuple(kept)
+
+
+@jax.jit
+def through(block, layer: Cache, x, angles, rows, positions):
+    """x behind a layer, and the layer's cache. Traced once, not for each layer."""
+    return spread(block)(x, angles, functools.partial(layer.attend, rows=rows, positions=positions))
 
 
 def head(model: Served, x):  # BTD -> BTV

@@ -7,8 +7,11 @@ parameter set. hf.py, gguf.py, nanotron.py and checkpoint.py know one format eac
 
 import functools
 import math
+import os
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -162,7 +165,7 @@ def widest(dtypes) -> str:
 
 
 def assemble(source: Source, dtype: str | None = None) -> SmolLM:
-    """The model, in `dtype` or the source's; at its peak the model and twice its largest array are in memory.
+    """The model, in `dtype` or the source's; at its peak the model, twice its largest array and four tensors in memory.
 
     From an int8 source, where no dtype is given, what it holds in int8 is a QTensor.
     """
@@ -184,12 +187,16 @@ def assemble(source: Source, dtype: str | None = None) -> SmolLM:
 
 
 def gather(names: list[str], pattern: str, get: Callable, letters: dict[str, int], dtype: str, stacked: bool):
-    """One array of the model from Hugging Face's tensors, one at a time."""
-    for i, name in enumerate(names):
-        piece = rearrange(get(name), pattern, **letters)
-        if i == 0:
-            array = np.empty((len(names), *piece.shape), dtype)
-        array[i] = piece
+    """One array of the model from Hugging Face's tensors, as many at a time as there are cores, and at most four."""
+    first = rearrange(get(names[0]), pattern, **letters)
+    array = np.empty((len(names), *first.shape), dtype)
+    array[0] = first
+
+    def place(i: int):
+        array[i] = rearrange(get(names[i]), pattern, **letters)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(place, range(1, len(names))))
     return jnp.asarray(array if stacked else array[0])
 
 
@@ -204,11 +211,13 @@ def disassemble(config: Model, array: Callable[[str], np.ndarray], scales: bool 
             letters |= dict.fromkeys(filter(str.isalpha, groups(there)[-1]), 1)
         for layer, name in enumerate(names):
             where[name] = ours, layer if "layers." in ours else ..., f"{here} -> {there}", letters
-    array = functools.lru_cache(maxsize=1)(array)
+    array, lock = functools.lru_cache(maxsize=1)(array), threading.Lock()
 
     def get(name: str) -> np.ndarray:
         ours, layer, pattern, letters = where[name]
-        return np.ascontiguousarray(rearrange(array(ours)[layer], pattern, **letters))
+        with lock:  # or several layers would each load it
+            whole = array(ours)
+        return np.ascontiguousarray(rearrange(whole[layer], pattern, **letters))
 
     return get
 

@@ -8,6 +8,8 @@ head's rows (0, H/2, 1, H/2 + 1, ...) of Hugging Face's half-split order; norms 
 import dataclasses
 import logging
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -74,9 +76,17 @@ def dequantise(raw: np.ndarray, kind: Type) -> np.ndarray:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw, step = raw.reshape(-1, size), STEP // block
     out = np.empty((len(raw), block), np.float32)
-    with np.errstate(all="ignore"):  # of infinite scales come NaN, which Source.tensor refuses
-        for i in range(0, len(raw), step):
+
+    def one(i: int):
+        with np.errstate(all="ignore"):  # of infinite scales come NaN, which Source.tensor refuses
             out[i : i + step] = gguf.dequantize(raw[i : i + step].reshape(1, -1), kind).reshape(-1, block)
+
+    starts = range(0, len(raw), step)
+    if len(starts) < 16:
+        list(map(one, starts))
+    else:  # an embedding's; layers' matrices are read several at a time
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(one, starts))
     return out
 
 

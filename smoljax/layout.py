@@ -2,8 +2,9 @@
 
 A slice of stacked layers is a copy, which costs nothing beside training's products and as much as decoding's own. And
 what is fastest depends on processor, dtype and rows at a time, by up to a hundred times on a CPU (docs/benchmarks), so
-there the forms are timed on the model's own matrices as it is laid out: on several layers', for one alone would stay
-in the processor's cache, where another form is the fastest. Elsewhere XLA lays out for itself.
+there the forms are timed on the model's own matrices the first time that it is laid out (forms.py keeps what was
+found): on several layers', for one alone would stay in the processor's cache, where another form is the fastest.
+Elsewhere XLA lays out for itself.
 """
 
 import functools
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from smoljax import forms
 from smoljax.config import Model
 from smoljax.quantize import MATRICES, QTensor, quantized
 
@@ -108,7 +110,7 @@ class Served:
 
     # No fields, for programs do not depend on them:
     ways = {}  # of each product, by its first weight's name
-    report = ""  # what was chosen, and the times of it
+    report = ""  # what was chosen, and the times of it or where it was found
 
     def look_up(self, tokens):  # BT -> BTD
         if isinstance(self.embed, QTensor):
@@ -125,27 +127,42 @@ def lay_out(model, dtype: str, rows: int, ways: dict[str, str] | None = None) ->
     rows: that decode at a time, for which the forms are timed.
     ways: a Served's, so that nothing is timed and sums are rounded as there.
     """
-    layers = [jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.num_hidden_layers)]
     embed = model.embed if isinstance(model.embed, QTensor) else model.embed[...].astype(dtype)
-    said, chosen = [], {}
-
-    def way_of(names, groups, axes) -> str:
-        way, times = (ways[names[0]], "") if ways else choose(groups, axes, dtype, rows)
-        chosen[names[0]] = way
-        said.extend([f"{'/'.join(names)} {way} ({times})"] * bool(times))
-        return way
-
-    for group in GROUPS:  # times of one layer's, and the form for each's
-        groups = [[getattr(block, name) for name in group] for block in layers]
-        way = way_of(group, groups, MATRICES[group[0]])
-        for block, weights in zip(layers, groups, strict=True):
-            for name in group[1:]:
-                setattr(block, name, None)
-            setattr(block, group[0], beside([laid(w, MATRICES[group[0]], dtype, way) for w in weights]))
-    head = laid(embed, (-1,), dtype, way_of(("head",), [[embed]], (-1,)))
+    groups = {names: tuple(getattr(model.layers, name) for name in names) for names in GROUPS} | {("head",): (embed,)}
+    ways, times = (ways, {}) if ways else choose(groups, dtype, rows)
+    rest = jax.tree.map(lambda w: w, model.layers)
+    for name in MATRICES:
+        setattr(rest, name, None)
+    layers = [of_layer(rest, jnp.int32(i)) for i in range(model.config.num_hidden_layers)]
+    for names in GROUPS:
+        for i, block in enumerate(layers):
+            laid_out = one_form(groups[names], jnp.int32(i), axes_of(names), dtype, ways[names[0]])
+            setattr(block, names[0], laid_out)
+    head = one_form((embed,), None, (-1,), dtype, ways["head"])
     served = Served(embed, tuple(layers), model.norm[...], head, model.config, dtype)
-    served.ways, served.report = chosen, f"{rows} rows: {', '.join(said)}" if said else ""
+    said = [f"{'/'.join(names)} {ways[names[0]]}{told(times.get(names[0]))}" for names in groups]
+    served.ways, served.report = ways, f"{rows} rows: {', '.join(said)}"
     return served
+
+
+def told(times: dict[str, float] | None) -> str:
+    return f" ({', '.join(f'{way} {ms:.2f} ms' for way, ms in times.items())})" if times else ""
+
+
+def axes_of(names: tuple[str, ...]) -> tuple[int, ...]:
+    return MATRICES.get(names[0], (-1,))
+
+
+@jax.jit
+def of_layer(layers, i):
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "dtype", "way"))
+def one_form(weights: tuple, i, axes: tuple[int, ...], dtype: str, way: str) -> Laid:
+    """Weights beside each other as one, of layer i, or where that is None of none: a program for all layers."""
+    each = weights if i is None else of_layer(weights, i)
+    return beside([laid(w, axes, dtype, way) for w in each])
 
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # one product each: the first of them holds all
@@ -198,41 +215,64 @@ def laid(w, axes: tuple[int, ...], dtype: str, way: str) -> Laid:
     return Laid(values.transpose(order).reshape(shape), None if scale is None else scale.reshape(N), way, outs)
 
 
-def choose(groups: list[list], axes, dtype: str, rows: int) -> tuple[str, str]:
-    """The fastest way here for weights beside each other, a group a layer, and the milliseconds of each, for people."""
-    w = groups[0][0]
-    ways = WAYS["int8" if isinstance(w, QTensor) else dtype]
+def choose(groups: dict, dtype: str, rows: int) -> tuple[dict, dict]:
+    """(the way of each group by its first weight's name, the milliseconds of the ways that were timed)."""
+    ways = {names[0]: default(names, weights, dtype) for names, weights in groups.items()}
+    timed = {names: weights for names, weights in groups.items() if ways[names[0]] is None}
+    if not timed:
+        return ways, {}
+    what = {"dtype": dtype, "rows": rows}
+    what["matrices"] = {
+        "/".join(names): [(str(w.dtype), list(w.shape)) for w in group] for names, group in timed.items()
+    }
+
+    def measure() -> dict:
+        return {names[0]: milliseconds(names, weights, dtype, rows) for names, weights in timed.items()}
+
+    times = forms.kept(what, measure)
+    return ways | {name: min(each, key=each.get) for name, each in times.items()}, times
+
+
+def default(names, weights: tuple, dtype: str) -> str | None:
+    """The way that needs no timing: XLA's own on an accelerator, any for a small matrix; None where it is timed."""
     if jax.default_backend() != "cpu":
-        return ("rows" if axes == (-1,) else "columns"), ""
-    if math.prod(w.shape) < TIMED:
-        return ways[0], ""
-    times = dict.fromkeys(ways, math.inf)
+        return "rows" if names == ("head",) else "columns"
+    size = math.prod(weights[0].shape[names != ("head",) :])
+    return candidates(weights, dtype)[0] if size < TIMED else None
+
+
+def candidates(weights: tuple, dtype: str) -> tuple[str, ...]:
+    return WAYS["int8" if isinstance(weights[0], QTensor) else dtype]
+
+
+def milliseconds(names, weights: tuple, dtype: str, rows: int) -> dict[str, float]:
+    times = {way: math.inf for way in candidates(weights, dtype)}
     for _ in range(3):  # in turn, for others may be at work for a moment
-        for way in ways:
+        for way in times:
             if times[way] == math.inf or times[way] < 2 * min(times.values()):
-                times[way] = min(times[way], seconds(groups, axes, dtype, way, rows))
-    return min(times, key=times.get), ", ".join(f"{way} {t * 1e3:.2f} ms" for way, t in times.items())
+                times[way] = min(times[way], 1e3 * seconds(names, weights, dtype, way, rows))
+    return times
 
 
-def seconds(groups: list[list], axes, dtype: str, way: str, rows: int) -> float:
+def seconds(names, weights: tuple, dtype: str, way: str, rows: int) -> float:
     """Of a product with one group, behind the one before; the best of three."""
-
-    def form(group) -> Laid:
-        return beside([laid(w, axes, dtype, way) for w in group])
-
-    first = form(groups[0])
-    forms = (first, *map(form, groups[1 : max(1, min(MOST, READ // first.values.nbytes))]))
-    x, taken = jnp.ones((rows, 1, math.prod(groups[0][0].shape[axis] for axis in axes)), dtype), []
+    axes, head = axes_of(names), names == ("head",)
+    first = one_form(weights, None if head else jnp.int32(0), axes, dtype, way)
+    count = 1 if head else max(1, min(MOST, weights[0].shape[0], READ // first.values.nbytes))
+    laid_out = [first, *(one_form(weights, jnp.int32(i), axes, dtype, way) for i in range(1, count))]
+    inputs = first.values.shape[0 if way == "columns" else 1]
+    x, taken = jnp.ones((rows, 1, inputs), dtype), []
+    jax.block_until_ready(laid_out)
     for _ in range(4):
-        begun = time.perf_counter()
-        in_turn(forms, x).block_until_ready()
+        begun, y = time.perf_counter(), x
+        for weight in laid_out:
+            y = once(weight, y)
+        y.block_until_ready()
         taken.append(time.perf_counter() - begun)
-    return min(taken[1:]) / len(forms)  # the first one compiled
+    return min(taken[1:]) / count  # the first one compiled
 
 
 @jax.jit
-def in_turn(weights: tuple, x):
-    for weight in weights:
-        y = jax.lax.optimization_barrier(weight.sums(x))  # else XLA would compute that one output alone
-        x = x + y[..., :1].astype(x.dtype) * 1e-3
-    return x
+def once(weight: Laid, x):
+    y = jax.lax.optimization_barrier(weight.sums(x))  # else XLA would compute that one output alone
+    return x + y[..., :1].astype(x.dtype) * 1e-3

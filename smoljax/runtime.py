@@ -1,5 +1,6 @@
 """What happens once, before a program's first computation."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -10,19 +11,30 @@ from pathlib import Path
 from smoljax.errors import UsageError
 
 
-def start():
+def start(shortest: float = 0.5):
     """Turn the persistent compilation cache on; JAX_COMPILATION_CACHE_DIR moves it, or turns it off when empty.
 
     A restart then compiles nothing: the 135M train step takes 1.5 to 10 s to compile on 2 CPU cores.
+
+    Args:
+      shortest: seconds of compiling from which a program is kept; 0 for inference, whose many small ones add up.
     """
     import jax
 
     hear_interrupts()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "smoljax" / "jax" / processor()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs lie, and what else is found out about this processor; None where that is turned off."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+        return Path(folder) if folder else None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "smoljax" / "jax" / processor()
 
 
 def set_flags(flags: str | None) -> str:
@@ -47,6 +59,7 @@ def hear_interrupts():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@functools.cache
 def processor() -> str:
     """What XLA's compiled CPU code depends on: loaded on another processor it warns at length, or crashes."""
     info = Path("/proc/cpuinfo")

@@ -14,7 +14,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from smoljax import (
-    checkpoint,
     committed,
     companions,
     exchange,
@@ -105,6 +104,8 @@ def read(path: str | Path, dtype: str | None = None) -> Weights:
     require(dtype in (None, *exchange.DTYPES), f"dtype is {dtype!r}, expected one of {', '.join(exchange.DTYPES)}")
     path = find(path)
     if run := run_of(path):
+        from smoljax import checkpoint  # Orbax takes half a second to import, for runs alone
+
         model, config, step = checkpoint.load_model(path, dtype)
         return Weights(model, config, companions.read(run[0]), str(model.embed.dtype), f"step {step} of {run[0]}")
     with open_source(path) as source:
@@ -117,6 +118,8 @@ def open_source(path: str | Path) -> Iterator[exchange.Source]:
     """MODEL, opened and checked, its tensors to be read one at a time."""
     path = find(path)
     if run_of(path):
+        from smoljax import checkpoint
+
         with checkpoint.open_source(path) as source:
             yield source
     elif path.is_file():

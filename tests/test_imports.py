@@ -12,13 +12,12 @@ REPO = Path(__file__).resolve().parents[1]
 # A library module imports from its own line and the lines above. One that is not named here stands on a last line.
 LINES = [
     {"streams", "errors"},
-    {"config", "quantize", "sampling", "speculate"},
-    {"layout"},
+    {"config", "quantize", "sampling", "speculate", "atomic", "runtime"},
+    {"forms", "layout"},
     {
         "settings",
         "nanotron_config",
         "nanotron_yaml",
-        "atomic",
         "sharding",
         "rope",
         "product",

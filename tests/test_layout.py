@@ -110,7 +110,7 @@ def test_a_model_laid_out_gives_the_models_logits():
 def relaid(model, dtype, way):
     """lay_out, were `way` the fastest."""
     before = layout.choose
-    layout.choose = lambda *_: (way, "")
+    layout.choose = lambda groups, dtype, rows: ({names[0]: way for names in groups}, {})
     try:
         return lay_out(model, dtype, 2)
     finally:
@@ -137,23 +137,29 @@ def test_lay_out_leaves_the_model_as_it_is():
     assert weights == sum(a.size for a in jax.tree.leaves(model)) + model.embed.size  # the head is laid out by itself
 
 
-def test_tiny_matrices_are_not_timed_and_large_ones_are(monkeypatch):
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """Times that are made up stay in this process."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+def test_tiny_matrices_are_not_timed_and_large_ones_are(nothing_kept, monkeypatch):
     timed = []
-    monkeypatch.setattr(layout, "seconds", lambda ws, axes, dtype, way, rows: timed.append((way, rows)) or len(timed))
+    monkeypatch.setattr(layout, "seconds", lambda *given: timed.append(given[-2:]) or len(timed))
     for dtype in ("float32", "bfloat16"):
-        assert choose([[numbers(64, 64)]], (-2,), dtype, 4) == (WAYS[dtype][0], "")
-    assert choose([[QTensor(*quantized(numbers(64, 64), (-2,)), "")]], (-2,), "float32", 4) == (WAYS["int8"][0], "")
-    lay_out(make(), "float32", 8)
-    assert not timed and lay_out(make(), "float32", 8).report == ""
+        served = lay_out(make(), dtype, 4)
+        assert set(served.ways.values()) == {served.head.way} == {WAYS[dtype][0]} and not timed
+    assert lay_out(quantize(make()), "float32", 4).layers[0].down.way == WAYS["int8"][0]
     side = math.isqrt(TIMED)
-    way, said = choose([[numbers(side, side)]], (-2,), "float32", 4)
+    ways, times = choose({("head",): (numbers(side, side),), ("o",): (numbers(2, side, 1, side - 1),)}, "float32", 4)
     turns = [*WAYS["float32"], "rows", "rows"]  # the others took twice as long
-    assert timed == [(way, 4) for way in turns] and way == "rows" and "left 2000.00 ms" in said
+    assert timed == [(way, 4) for way in turns] and ways == {"head": "rows", "o": WAYS["float32"][0]}
+    assert times == {"head": {"rows": 1000.0, "left": 2000.0, "columns": 3000.0}}
 
 
-def test_the_fastest_is_taken(monkeypatch):
+def test_the_fastest_is_taken(nothing_kept, monkeypatch):
     speed = {"rows": 3.0, "left": 5.0, "columns": 2.0, "sum": 1.0, "split": 4.0, "split left": 6.0}
-    monkeypatch.setattr(layout, "seconds", lambda ws, axes, dtype, way, rows: speed[way])
+    monkeypatch.setattr(layout, "seconds", lambda names, weights, dtype, way, rows: speed[way])
     monkeypatch.setattr(layout, "TIMED", 0)
     for dtype, expected in {"float32": "columns", "bfloat16": "sum"}.items():
         served = lay_out(make(), dtype, 3)
@@ -165,23 +171,26 @@ def test_the_fastest_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("kind, count", [("float32", 3), ("bfloat16", 6), ("int8", 7)])
 def test_seconds_are_of_one_product_of_several(kind, count, monkeypatch):
-    ws, asked = [numbers(64, 16, seed=i) for i in range(14)], []
+    weights, asked = tuple(numbers(7, 64, 16, seed=i) for i in range(2)), []
     if kind == "int8":
-        ws = [QTensor(*quantized(w, (-2,)), "") for w in ws]
-    groups, dtype = [ws[i : i + 2] for i in range(0, 14, 2)], "float32" if kind == "int8" else kind
-    in_turn = layout.in_turn
+        weights = tuple(QTensor(*quantized(w, (-2,)), "") for w in weights)
+    dtype, once = "float32" if kind == "int8" else kind, layout.once
 
-    def noted(forms, x):
-        asked.append((len(forms), forms[0].outs, x.shape, x.dtype))
-        return in_turn(forms, x)
+    def noted(weight, x):
+        asked.append((np.asarray(weight.values).tobytes(), weight.outs, x.shape, x.dtype))
+        return once(weight, x)
 
-    monkeypatch.setattr(layout, "in_turn", noted)
+    monkeypatch.setattr(layout, "once", noted)
     monkeypatch.setattr(layout, "READ", 3 * 64 * 32 * 4)
     for way in WAYS[kind]:
-        assert 0 < layout.seconds(groups, (-2,), dtype, way, 5) < 0.2
-    assert set(asked) == {(count, ((16,), (16,)), (5, 1, 64), jnp.dtype(dtype))}
+        asked.clear()
+        assert layout.seconds(("gate", "up"), weights, dtype, way, 5) > 0
+        assert {each[1:] for each in asked} == {(((16,), (16,)), (5, 1, 64), jnp.dtype(dtype))}
+        values = [each[0] for each in asked]
+        assert values == values[:count] * 4 and len(set(values[:count])) == count  # each layer's, in turn
     monkeypatch.setattr(layout, "READ", 1)
-    assert layout.seconds(groups, (-2,), dtype, WAYS[kind][0], 5) > 0 and asked[-1][0] == 1
+    asked.clear()
+    assert layout.seconds(("gate", "up"), weights, dtype, WAYS[kind][0], 5) > 0 and len(asked) == 4
 
 
 @pytest.mark.parametrize(
