@@ -4,6 +4,7 @@ Timing is noise: two starts in a row chose other forms for three of the 135M's f
 other programs, with other last bits. What the first start chose, the next ones take, until it is forgotten.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -50,7 +51,11 @@ def kept(what: dict, measure: Callable[[], dict]) -> dict:
     """
     what = surroundings() | what
     folder = runtime.cache_folder()
-    if folder is None:  # JAX_COMPILATION_CACHE_DIR is empty: nothing is kept, programs neither
+    if folder is None:
+        log.warning(
+            "JAX_COMPILATION_CACHE_DIR is empty, so the forms of matrices are not kept: each start measures them, and "
+            "two starts may differ in the last bits; leave it unset, or name a folder"
+        )
         return measure()
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"forms-{VERSION}" / f"{name}.json"
@@ -70,11 +75,12 @@ def kept(what: dict, measure: Callable[[], dict]) -> dict:
 def read(file: Path) -> dict | None:
     try:
         return dict(json.loads(file.read_text())["measured"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError) as e:
         log.warning(f"{file} cannot be used ({type(e).__name__}); it is measured anew")
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # that it cannot be written is said then
+            file.unlink(missing_ok=True)
         return None
 
 
