@@ -53,6 +53,7 @@ class Checkpoints:
         self.failures, self.failed = failures, 0
 
     def __enter__(self):
+        self.unraisable, sys.unraisablehook = sys.unraisablehook, but_late_writes(sys.unraisablehook)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -65,6 +66,7 @@ class Checkpoints:
         finally:
             self.background.shutdown()
             self.orbax.close()
+            sys.unraisablehook = self.unraisable
 
     @property
     def latest(self) -> int | None:
@@ -146,6 +148,19 @@ class Checkpoints:
         if processes.first() and not (self.folder / str(step) / sums.NAME).exists():
             self.write_sums(step)  # a kill came between the checkpoint and its hashes, and it could be read
         return state
+
+
+def but_late_writes(hook):
+    """`hook` for all but what one write of a save that failed, and is said to have failed, leaves behind it.
+
+    The others go on in TensorStore's threads, and a traceback would tell of each that the save's event loop is closed.
+    """
+
+    def told(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return told
 
 
 def parts(state: TrainState) -> dict:

@@ -9,6 +9,7 @@ is our bug and keeps its traceback.
 
 import errno
 import operator
+import os
 import sys
 
 from smoljax import streams
@@ -76,7 +77,7 @@ def run(main, argv=None) -> int:
     """Call a program's main(argv) as a process would: its exit code, its mistakes as one line on stderr."""
     streams.secure()
     try:
-        check_words(sys.argv[1:] if argv is None else argv)
+        check_words(map(str, sys.argv[1:] if argv is None else argv))
         return finished(main, argv)
     except Error as e:
         print(f"smoljax: {e}", file=sys.stderr)
@@ -143,6 +144,11 @@ def unencodable(word: str) -> str:
 
 
 def check_words(words):
-    """Before anything is done: a prompt would be other text than its user typed, a name could not be written down."""
-    for word in filter(undecoded, words):
-        raise UsageError(unencodable(word))
+    """Before anything is done: a prompt would be other text than its user typed, a file that is there not be found."""
+    for word in words:
+        try:
+            os.fsencode(word)
+        except UnicodeEncodeError:
+            raise UsageError(unencodable(word)) from None
+        if undecoded(word):
+            raise UsageError(unencodable(word))

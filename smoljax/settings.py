@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smoljax import nanotron_config
 from smoljax.config import Train
-from smoljax.errors import CheckpointError, UsageError, require
+from smoljax.errors import CheckpointError, UsageError, check_words, require
 
 SUFFIXES = (".py", ".yaml", ".yml")
 
@@ -35,7 +35,19 @@ def load(name: str, overrides: typing.Sequence[str] = ()) -> Train:
             said = f"{file}: {len(unused)} keys have no use here, and leave the mathematics as they are:"
             logging.getLogger("smoljax").warning(f"{said}\n{nanotron_config.told(unused)}")
     config = override(config, overrides)
+    check_words(words(dataclasses.asdict(config)))
     return config if config.run is not None else dataclasses.replace(config, run=f"runs/{file.stem}")
+
+
+def words(value):
+    """All strings in a config, which are names of files where they are not ASCII."""
+    if isinstance(value, dict):
+        value = (*value, *value.values())
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from words(each)
 
 
 def from_python(file: Path) -> Train:
