@@ -10,17 +10,17 @@ import socket
 import time
 from pathlib import Path
 
-from smoljax.errors import DISK, NotWritten, UsageError, require
+from smoljax.errors import FULL, NotWritten, UsageError, require
 
 
 @contextlib.contextmanager
-def naming(file: Path):
-    """Around what writes `file`: where its disk is full or broken, NotWritten names it; Python names what it opens."""
+def naming(file: Path, why: tuple[int, ...] = (*FULL, errno.EIO)):
+    """Around what writes `file`: NotWritten names it, where Python has no name for what is open. why: the reasons."""
     try:
         yield
     except OSError as e:
-        if e.errno in DISK:
-            raise NotWritten(e.errno, e.strerror, str(file)) from e
+        if e.errno in why:
+            raise NotWritten(e.errno, e.strerror, str(e.filename or file)) from e
         raise
 
 
@@ -44,7 +44,7 @@ def stream(file: Path):
     except OSError as e:
         raise UsageError(f"{file} cannot be written ({e.strerror})") from None
     try:
-        with naming(file):
+        with naming(file, FULL):  # EIO may be of what is read meanwhile
             with held:
                 yield held
             os.replace(part, file)

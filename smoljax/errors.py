@@ -16,7 +16,7 @@ from smoljax import streams
 
 RESUMABLE = 75
 INTERRUPTED = 130  # as a shell says it
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # why a file that is open takes no more
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # why a file that is open takes no more
 
 
 class Error(Exception):
@@ -110,7 +110,7 @@ def finished(main, argv) -> int:
 
 def mended(e: Exception) -> tuple[str | None, int]:
     """The sentence and the exit code of what others raise and a user can mend; None for a bug of ours."""
-    if isinstance(e, OSError) and (e.errno in DISK[:-1] or isinstance(e, NotWritten) or e.filename == "stdout"):
+    if isinstance(e, OSError) and (e.errno in FULL or isinstance(e, NotWritten) or e.filename == "stdout"):
         return f"{e.filename or 'the output'} cannot be written: {e.strerror}", 1
     if isinstance(e, UnicodeEncodeError) and (e.encoding == file_names() != "utf-8" or undecoded(e.object)):
         return unencodable(e.object[max(e.start - 40, 0) : e.end + 40]), UsageError.code

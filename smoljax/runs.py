@@ -16,7 +16,7 @@ import jax
 from smoljax import atomic, attention, budget, committed, settings, tokenizer, weights
 from smoljax.config import Guard, Train
 from smoljax.data import Rows
-from smoljax.errors import DISK, CheckpointError, DataError, Error, UsageError, require
+from smoljax.errors import FULL, CheckpointError, DataError, Error, NotWritten, UsageError, require
 from smoljax.step import TrainState, abstract_state, compiled_init
 
 # What a resumed run may change: how it computes, watches and reports, and what lies ahead. All else is refused; data
@@ -202,7 +202,7 @@ def disk(folder: Path):
     try:
         yield
     except OSError as e:
-        if e.errno not in DISK:
+        if e.errno not in FULL and not isinstance(e, NotWritten):  # EIO of a shard is none
             raise
         raise CheckpointError(
             f"{e.filename or f'a file in {folder}'} cannot be written: {e.strerror}; make room, and the same "

@@ -114,16 +114,19 @@ sys.exit(75 if len(asked) == 1 else 9)
 """
 
 
-@pytest.mark.parametrize("whom", ["the loop", "a terminal"])
+@pytest.mark.parametrize("whom", ["the loop", "a terminal", "a terminal that closes"])
 def test_a_stopped_restart_passes_it_on_once_and_ends(tmp_path, whom):
     program(tmp_path / "fake", SAVING)
     argv = ["bash", LAUNCH / "restart.sh", tmp_path / "fake", "run=run"]
     # A suite that runs in the background inherits an ignored SIGINT, which bash could then not trap.
-    hear = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    hear = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    hear += "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", hear, *argv], cwd=tmp_path, start_new_session=True)
     until((tmp_path / "ready").exists)
     if whom == "the loop":
         process.send_signal(signal.SIGTERM)
+    elif whom == "a terminal that closes":
+        os.killpg(process.pid, signal.SIGHUP)
     else:
         os.killpg(process.pid, signal.SIGINT)  # Ctrl-C: to the whole process group
     assert process.wait(timeout=120) == 75
