@@ -51,7 +51,7 @@ def main(argv=None) -> int:
     require(split is None or 0 < split < math.inf, f"--max-file-size is {split}, expected GB, more than 0")
     require(not args.private or args.push, "--private is for --push")
     require(not args.dst.endswith(".gguf"), f"DST is {args.dst}, but it is a folder, in which the .gguf gets its name")
-    from smoljax import atomic, exchange, hub, runtime, sums, verify, weights
+    from smoljax import atomic, exchange, hub, runtime, special_tokens, sums, verify, weights
 
     if args.push:
         hub.check_push(args.push)
@@ -78,6 +78,13 @@ def main(argv=None) -> int:
             sums.write(part)
     if "tokenizer.json" not in source.files:
         print(f"smoljax: note: {args.src} has no tokenizer.json, so {args.dst} has none", file=sys.stderr)
+    words = weights.words(source.files, source.config, source.name)
+    kept = special_tokens.ends(source.files, source.config, words)
+    if lost := [id for id in source.ends if id not in kept]:
+        texts = ", ".join(f"{words.id_to_token(id)} ({id})" for id in lost)
+        print(
+            f"smoljax: note: llama.cpp also ends a text of {args.src} at {texts}; {args.dst} does not", file=sys.stderr
+        )
     print(json.dumps(report) if args.json else describe(args.dst, report))
     if args.push:
         try:

@@ -117,7 +117,8 @@ class Answers:
             text = prompt(given)
             ids = self.words.encode(text).ids
             require(bool(ids), f"the prompt is {text!r}, which has no tokens; give some text")
-        own = {name: given[name] for name in ("max_new_tokens", "seed") if given.get(name) is not None}
+        own = {name: given.get(name) for name in ("max_new_tokens", "seed")}
+        own = {name: n for name, n in own.items() if n is not None and n == n}  # pandas has NaN for what is missing
         # Of whole numbers, some of them missing, pandas makes floats.
         own = {name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in own.items()}
         wanted = Request(ids, **{"max_new_tokens": self.max_new_tokens, "seed": self.seed} | own)

@@ -99,6 +99,9 @@ def generation_ids(config: dict, files: dict[str, bytes], folder: Path) -> dict:
                     "the latter is taken"
                 )
             ids[key] = found[key]
+        if key == "pad_token_id" and (config | ids).get(key) == -1:  # old Llama's "none"
+            log.warning(f"{folder}: {key} is -1, which is taken for none")
+            ids[key] = None
     return config | ids
 
 

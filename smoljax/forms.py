@@ -44,10 +44,12 @@ def forget():
         shutil.rmtree(folder / f"forms-{VERSION}", ignore_errors=True)
 
 
-def kept(what: dict, measure: Callable[[], dict]) -> dict:
+def kept(what: dict, measure: Callable[[], dict], fits: Callable[[dict], bool] = bool) -> dict:
     """What `measure` gave at the first start that asked for this, on this machine; of several at once, one's.
 
-    what: it is for, beside the surroundings; JSON.
+    Args:
+      what: it is for, beside the surroundings; JSON.
+      fits: whether what a file holds can be what `measure` gave; else it is measured anew.
     """
     what = surroundings() | what
     folder = runtime.cache_folder()
@@ -59,7 +61,7 @@ def kept(what: dict, measure: Callable[[], dict]) -> dict:
         return measure()
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"forms-{VERSION}" / f"{name}.json"
-    if (found := read(file)) is not None:
+    if (found := read(file, fits)) is not None:
         return found
     measured = measure()
     try:
@@ -69,12 +71,15 @@ def kept(what: dict, measure: Callable[[], dict]) -> dict:
             f"{file} cannot be written ({e.strerror}), so the next start measures again, and may choose otherwise"
         )
         return measured
-    return read(file) or measured
+    return read(file, fits) or measured
 
 
-def read(file: Path) -> dict | None:
+def read(file: Path, fits: Callable[[dict], bool]) -> dict | None:
     try:
-        return dict(json.loads(file.read_text())["measured"])
+        measured = json.loads(file.read_text())["measured"]
+        if not isinstance(measured, dict) or not fits(measured):
+            raise ValueError(measured)
+        return measured
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError) as e:

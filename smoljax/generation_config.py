@@ -31,6 +31,7 @@ NO_TOKEN |= {"is_assistant", "num_assistant_tokens", "num_assistant_tokens_sched
 NO_TOKEN |= {"prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"}
 NO_TOKEN |= {"target_lookbehind", "assistant_ensemble_weight", "trust_remote_code", "unsloth_fixed", "unsloth_version"}
 # Of finite logits the first changes none, of their order the second; how many samples there are, --n says.
+NO_TOKEN |= {"chat_format", "max_window_size", "user_token_id", "assistant_token_id", "_name_or_path"}  # of no method
 NO_TOKEN |= {"remove_invalid_values", "renormalize_logits", "num_return_sequences"}
 BEAMS = {"length_penalty", "early_stopping", "diversity_penalty"}  # of a search with more than one
 MORE_SAMPLED = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": 1.0}  # as SAMPLED, but not ours
@@ -38,7 +39,20 @@ MORE_SAMPLED = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top
 NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "no_repeat_ngram_size": 0, "min_length": 0, "guidance_scale": 1.0}
 NEUTRAL |= {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "penalty_alpha": 0.0}
 NEUTRAL |= {"token_healing": False} | MORE_SAMPLED
-EMPTY = {"suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "constraints", "sequence_bias"}
+OURS = {"presence_penalty": 0.0, "frequency_penalty": 0.0}  # transformers has neither
+NEUTRAL |= OURS
+EMPTY = {
+    "watermarking_config",
+    "dola_layers",
+    "forced_eos_token_id",
+    "forced_bos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "force_words_ids",
+    "constraints",
+    "sequence_bias",
+}
 
 log = logging.getLogger("smoljax")
 
@@ -89,8 +103,9 @@ def defaults(files: dict[str, bytes], source: str, flags: dict) -> dict:
             if key not in NEUTRAL or value != NEUTRAL[key]:
                 unused.append(f"{key} {value}"[:60])
         else:
+            what = "takes as a flag alone" if key in OURS else "has not"
             raise UsageError(
-                f"generation_config.json of {source} has {key} = {str(value)[:60]}, which smoljax has not; "
+                f"generation_config.json of {source} has {key} = {str(value)[:60]}, which smoljax {what}; "
                 "--no-generation-config leaves what the file says of sampling aside"
             )
     if unused:
@@ -113,7 +128,7 @@ def changes_no_token(key: str, value, sampled: bool, found: dict, flags: dict) -
     if key in BEAMS:
         return found.get("num_beams") in (None, 1)  # more is refused itself
     if key == "max_length":  # a limit, where max_new_tokens is another, which holds in transformers as well
-        return type(value) is int
+        return number(value)
     if key == "min_length" and (found | flags).get("min_new_tokens") is not None:  # likewise
         return True
     if key in EMPTY:

@@ -43,6 +43,8 @@ def read_files(header: Header, config: Model) -> tuple[dict[str, bytes], tuple[i
         files["chat_template.jinja"] = template.encode()
     for key in header.values:
         name = key.removeprefix(f"{TEMPLATE}.")
+        if name == "default" and template is not None:
+            continue  # llama.cpp's default is the key without a name
         if name != key and name.replace("_", "").replace("-", "").isalnum():  # it becomes the name of a file
             files[f"{chat.MORE}{name}.jinja"] = get(key, str).encode()
     kind, pre = get("tokenizer.ggml.model", str, "none"), get("tokenizer.ggml.pre", str, "none")
@@ -179,6 +181,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: Source):
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
     ids = {key: special_tokens.id_of(token, files, config, words) for token, key in NAMES.items()}
+    if lost := [token for token in special_tokens.seen(files, config, words) if token not in NAMES]:
+        log.warning(f"{source.name}: GGUF has no key for {some(lost)}, so a chat template there sees none")
     # llama.cpp ends a text at each of these three; the first is the tokenizer's own eos, as its converter has it.
     ends = tuple(dict.fromkeys(id for id in (ids["eos"], *special_tokens.ends(files, config, words)) if id is not None))
     if len(ends) > 3:

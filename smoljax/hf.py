@@ -67,9 +67,11 @@ def open_source(folder: str | Path) -> Source:
 def open_files(folder: Path) -> list[tensors.File]:
     """model.safetensors, or the files that the index names, which must hold what it says and nothing else."""
     single, index = inside(folder, SINGLE), inside(folder, INDEX)
-    if single.is_file() and index.is_file():
-        raise DataError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
-    if single.is_file():
+    if single.is_file() and index.is_file():  # some writers give both, of one file
+        named = read_json(index, MAX_INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(value == SINGLE for value in named.values()):
+            raise DataError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
+    elif single.is_file():
         return [tensors.open_file(single)]
     if not index.is_file():
         companions.check_no_adapter(folder)
@@ -94,8 +96,8 @@ def open_files(folder: Path) -> list[tensors.File]:
     metadata = found.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise DataError(f"{index}: metadata is {metadata!r:.60}, expected an object")
-    total = metadata.get("total_size", size)
-    if total != size:
+    total = metadata.get("total_size")
+    if total is not None and str(total) != str(size):  # some writers have it as text, or null
         raise DataError(f"{index}: total_size is {total}, but the tensors have {size} bytes; a file may be missing")
     return opened
 

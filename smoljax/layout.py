@@ -229,7 +229,12 @@ def choose(groups: dict, dtype: str, rows: int) -> tuple[dict, dict]:
     def measure() -> dict:
         return {names[0]: milliseconds(names, weights, dtype, rows) for names, weights in timed.items()}
 
-    times = forms.kept(what, measure)
+    def fits(times: dict) -> bool:
+        each = {names[0]: set(candidates(weights, dtype)) for names, weights in timed.items()}
+        numbers = all(isinstance(ms, float) and ms > 0 for group in times.values() for ms in dict(group).values())
+        return numbers and {name: set(group) for name, group in times.items()} == each
+
+    times = forms.kept(what, measure, fits)
     return ways | {name: min(each, key=each.get) for name, each in times.items()}, times
 
 

@@ -32,7 +32,7 @@ def message_of(given, name: str, parts: bool) -> dict:
     if isinstance(content, list):
         texts = [part_text(part, f"{name}: content") for part in content]
         message["content"] = [{"type": "text", "text": text} for text in texts] if parts else "".join(texts)
-    elif content is not None or not set(message) - {"role", "name"}:
+    elif content is not None or not any(value for key, value in message.items() if key not in ("role", "name")):
         check_text(content, f"{name}: content")
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -68,18 +68,18 @@ class Renderer:
         return ids
 
     def turn_ends(self) -> tuple[int, ...]:
-        """The ids that end an answer: of the token that the template writes behind one, and TURN_ENDS in its text."""
-        special = {token.content: id for id, token in self.words.get_added_tokens_decoder().items()}
-        found = [id for text, id in special.items() if text in TURN_ENDS and text in self.texts["default"]]
+        """The ids that end an answer: of the token that a template writes behind one, and TURN_ENDS in its text."""
+        special, found = {token.content: id for id, token in self.words.get_added_tokens_decoder().items()}, []
         asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": NEEDLE}
-        for messages in (
-            [asked, answered],
-            [asked, answered, asked],
-        ):  # some end the last answer alone, some the others
-            with contextlib.suppress(DataError):  # it may refuse them: messages of no sense
-                behind = self.default.render(messages, add_generation_prompt=False).rpartition(NEEDLE)[2].lstrip()
-                longest = max((text for text in special if behind.startswith(text)), key=len, default=None)
-                found += [] if longest is None else [special[longest]]
+        for name, text in self.texts.items():
+            found += [id for token, id in special.items() if token in TURN_ENDS and token in text]
+            template = self.default if name == "default" else self.tool_use
+            for messages in ([asked, answered], [asked, answered, asked]):  # some end the last alone, some the others
+                with contextlib.suppress(DataError):  # it may refuse them: messages of no sense
+                    given = {"add_generation_prompt": False} | ({} if name == "default" else {"tools": []})
+                    behind = template.render(messages, **given).rpartition(NEEDLE)[2].lstrip()
+                    longest = max((token for token in special if behind.startswith(token)), key=len, default=None)
+                    found += [] if longest is None else [special[longest]]
         return tuple(dict.fromkeys(found))
 
 

@@ -29,37 +29,48 @@ class Named:
 
     texts: dict[str, str | None]  # eos_token -> its text; None where they say that there is none
     extra: list[str]  # special ones without a name
-    added: list[tuple[int | None, dict, str]]  # (id, {"content": text, flags}, the file that says so)
+    flags: dict[str, dict]  # of those that are given as objects, by their text
+    added: list[tuple[int, dict, str]]  # (id, {"content": text, flags}, the file that says so)
+    alone: bool  # whether tokenizer_config.json has added_tokens_decoder, beside which no other file counts
 
 
 def read(files: dict[str, bytes]) -> Named:
     """tokenizer_config.json; beside one without added_tokens_decoder, special_tokens_map.json and added_tokens.json."""
-    found = parse_json(files.get(SETTINGS, b"{}"), SETTINGS)
-    alone = "added_tokens_decoder" in found
-    if not alone:
-        found |= parse_json(files.get("special_tokens_map.json", b"{}"), "special_tokens_map.json")
-    extra = found.get("extra_special_tokens") or found.get("additional_special_tokens") or []
-    if not isinstance(extra, list | dict) or len(extra) > ADDED_LIMIT:
-        raise DataError(f"{SETTINGS} has extra special tokens {str(extra)[:60]}, expected at most {ADDED_LIMIT:,}")
-    named = {key: value for key, value in found.items() if key in NAMES or is_token(key, value)}
-    named |= extra if isinstance(extra, dict) else {}
-    texts = {key: None if value is None else text(value, key) for key, value in named.items()}
-    others = [] if isinstance(extra, dict) else [text(value, "a special token") for value in extra]
-    file, decoder = SETTINGS, found.get("added_tokens_decoder")
+    settings = parse_json(files.get(SETTINGS, b"{}"), SETTINGS)
+    if settings.get("split_special_tokens"):
+        raise DataError(f"{SETTINGS} says split_special_tokens, by which a template's own tokens are cut up; remove it")
+    alone = "added_tokens_decoder" in settings
+    theirs = {} if alone else parse_json(files.get("special_tokens_map.json", b"{}"), "special_tokens_map.json")
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    more = theirs.get("extra_special_tokens") or ([] if extra else theirs.get("additional_special_tokens")) or []
+    named = dict((settings | theirs).get("model_specific_special_tokens") or {})
+    named |= {key: value for key, value in (settings | theirs).items() if key in NAMES or is_token(key, value)}
+    others = []
+    for each in (extra, more):
+        if not isinstance(each, list | dict) or len(each) > ADDED_LIMIT:
+            raise DataError(f"{SETTINGS} has extra special tokens {str(each)[:60]}, expected at most {ADDED_LIMIT:,}")
+        named |= each if isinstance(each, dict) else {}
+        others += each if isinstance(each, list) else []
+    texts = {key: None if value in (None, "") else text(value, key) for key, value in named.items()}
+    objects = [value for value in (*named.values(), *others) if isinstance(value, dict)]
+    others = [text(value, "a special token") for value in others]
+    flags = {value["content"]: flags_of(value | {"special": True}, SETTINGS) for value in objects}
+    file, decoder = SETTINGS, settings.get("added_tokens_decoder")
     if not alone:
         file, special = "added_tokens.json", {*texts.values(), *others}
         decoder = {}
         for content, id in parse_json(files.get(file, b"{}"), file).items():
-            flags = {"special": content in special, "normalized": content not in special}
-            decoder[id] = {"content": content} | flags
+            decoder[id] = {"content": content, "special": content in special, "normalized": content not in special}
     if not isinstance(decoder, dict) or len(decoder) > ADDED_LIMIT:
         raise DataError(f"{file} has added tokens {str(decoder)[:60]}, expected at most {ADDED_LIMIT:,} by their ids")
-    return Named(texts, others, [(whole(id, file), flags_of(token, file), file) for id, token in decoder.items()])
+    added = [(whole(id, file), flags_of(token, file), file) for id, token in decoder.items()]
+    return Named(texts, others, flags, added, alone)
 
 
 def is_token(key: str, value) -> bool:
-    """A name of the model's own, such as image_token; an object there is an AddedToken as transformers writes it."""
-    return key.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+    """A name of the model's own, such as image_token."""
+    written = isinstance(value, dict) and value.get("__type") == "AddedToken"
+    return key.endswith("_token") and (isinstance(value, str) or written)
 
 
 def text(value, name: str) -> str:
@@ -84,7 +95,7 @@ def flags_of(token, file: str) -> dict:
     return {"content": token["content"]} | flags
 
 
-def complete(files: dict[str, bytes], name: str) -> dict[str, bytes]:
+def complete(files: dict[str, bytes], folder: str) -> dict[str, bytes]:
     """The files with a tokenizer.json that has every token which the others name, so that none is ever cut up.
 
     As in transformers their flags hold. A token that would get another id than its file says is a DataError.
@@ -94,22 +105,28 @@ def complete(files: dict[str, bytes], name: str) -> dict[str, bytes]:
     named = read(files)
     if not (any(named.texts.values()) or named.extra or named.added):
         return files
-    content, where = files["tokenizer.json"], f"{name}: tokenizer.json"
+    content, where = files["tokenizer.json"], f"{folder}: tokenizer.json"
     try:
         added = tokenizer_file.read_spec(content).get("added_tokens") or ()
         had = {token["content"]: token for token in added}
     except Exception:  # a sentence then, which takes reading all of it: 0.3 s
         tokenizer.parse(content, where)
         raise
-    order = sorted(named.texts, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
-    special = [*filter(None, map(named.texts.get, order)), *named.extra]
-    missing = []
-    for id, token, file in sorted(named.added, key=lambda entry: entry[0]):
-        token = token | {"special": token["special"] or token["content"] in special}
-        missing += [] if had.get(token["content"]) == token | {"id": id} else [(id, token, file)]
-    known = {*had, *(token["content"] for _, token, _ in named.added)}
+    names = sorted(named.texts, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
+    texts = [named.texts[name] for name in names if named.texts[name]]
+    told = sorted(named.added, key=lambda entry: entry[0])
+    told += [] if named.alone else [(token["id"], token, SETTINGS) for token in had.values()]
+    missing, known = [], {*had}
+    for id, token, file in told:
+        own = had.get(token["content"])
+        known.add(token["content"])
+        special = token["special"] or token["content"] in texts or (own or token)["special"]
+        token = {key: token[key] for key in ("content", *FLAGS)} | {"special": special}
+        missing += [] if own == token | {"id": id} else [(id, token, file)]
     plain = dict.fromkeys(FLAGS, False) | {"special": True}
-    missing += [(None, {"content": text} | plain, SETTINGS) for text in dict.fromkeys(special) if text not in known]
+    for name in dict.fromkeys([*texts, *named.extra]):
+        if name not in known:
+            missing.append((None, named.flags.get(name, plain | {"content": name}), SETTINGS))
     if not missing:
         return files
     words = tokenizer.parse(content, where)
@@ -118,7 +135,7 @@ def complete(files: dict[str, bytes], name: str) -> dict[str, bytes]:
         given = words.token_to_id(token["content"])
         if id not in (None, given):
             raise DataError(
-                f"{name}: {file} says that token {token['content'][:60]!r} has id {id}, by tokenizer.json it has "
+                f"{folder}: {file} says that token {token['content'][:60]!r} has id {id}, by tokenizer.json it has "
                 f"{given}; mend one of the two"
             )
     return files | {"tokenizer.json": words.to_str(pretty=True).encode()}

@@ -54,6 +54,8 @@ def secure():
         sys.stdin = sys.__stdin__ = open(0, closefd=False)
     if is_own(sys.stdout, sys.__stdout__):
         sys.stdout = sys.__stdout__ = text(1, "stdout", sys.stdout, forgiving=False)
+    elif isinstance(sys.stdout, io.TextIOWrapper):  # whoever calls us has put it there
+        sys.stdout.reconfigure(errors="backslashreplace")
     if is_own(sys.stderr, sys.__stderr__):
         sys.stderr = sys.__stderr__ = text(2, "stderr", sys.stderr, forgiving=True)
 

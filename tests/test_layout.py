@@ -169,6 +169,24 @@ def test_the_fastest_is_taken(nothing_kept, monkeypatch):
     assert lay_out(quantize(make()), "float32", 3).layers[1].q.way == "sum"
 
 
+@pytest.mark.parametrize(
+    "damage", [{}, {"head": {}}, {"head": {"rows": 1.0}}, {"head": {"rows": "fast", "left": 1.0, "columns": 2.0}}]
+)
+def test_times_that_cannot_be_are_taken_anew(damage, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(layout, "seconds", lambda names, weights, dtype, way, rows: 0.001 * len(way))
+    groups = {("head",): (numbers(1, TIMED),)}
+    expected = choose(groups, "float32", 4)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(
+        file.read_text().replace('"measured"', '"before"')[:-2] + f', "measured": {damage!r}}}'.replace("'", '"')
+    )
+    assert (
+        choose(groups, "float32", 4) == expected and "cannot be used (ValueError); it is measured anew" in caplog.text
+    )
+    assert expected[0] == {"head": "rows"}
+
+
 @pytest.mark.parametrize("kind, count", [("float32", 3), ("bfloat16", 6), ("int8", 7)])
 def test_seconds_are_of_one_product_of_several(kind, count, monkeypatch):
     weights, asked = tuple(numbers(7, 64, 16, seed=i) for i in range(2)), []

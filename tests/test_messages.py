@@ -124,6 +124,7 @@ def test_parts_are_joined(parts, folder, theirs):
         ([USER | {"content": 3, "tool_calls": [CALL]}], {}, "message 0: content is 3, expected text"),
         ([USER, {"role": "assistant", "content": None}], {}, "message 1: content is absent, expected text"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": None}], {}, "message 1: content is absent"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": []}], {}, "message 1: content is absent"),
         ([{"content": "x"}], {}, "message 0: role is absent, expected text"),
         ([USER], {"tools": "[]"}, "tools is '[]', expected a list of objects"),
         ([USER], {"tools": [TOOLS[0], "f"]}, "expected a list of objects"),
@@ -133,7 +134,7 @@ def test_parts_are_joined(parts, folder, theirs):
         ([USER], {"chat_template_kwargs": {"continue_final_message": True}}, "has 'continue_final_message'"),
         ([USER], {"tools": TOOLS, "chat_template_kwargs": {"tools": TOOLS}}, "chat_template_kwargs has 'tools'"),
     ],
-    ids=range(17),
+    ids=range(18),
 )  # fmt: skip
 def test_refusals(messages, given, words, folder):
     with pytest.raises(DataError, match=re.escape(words)):
@@ -210,6 +211,13 @@ def test_a_second_template_of_a_gguf_file(tmp_path, caplog):
     with Renderer(loaded) as renderer:
         assert len(renderer.ids([USER], {"tools": TOOLS})) > len(renderer.ids([USER], {}))
     assert "that named 'tool_use' where tools are given" in caplog.text
+
+
+def test_the_default_template_of_a_gguf_file_has_no_name(tmp_path):
+    keys = {"tokenizer.chat_template.default": ("no", V.STRING), "tokenizer.chat_template": (DEFAULT, V.STRING)}
+    loaded = weights.read(gguf_file(tmp_path / "a.gguf", keys))
+    with Renderer(loaded) as renderer:
+        assert renderer.texts == {"default": DEFAULT}
 
 
 def test_a_template_without_tools_says_so(folder, caplog):

@@ -58,6 +58,42 @@ FOLDERS = {
         "tokenizer_config.json": FAST,
         "special_tokens_map.json": {"eos_token": {k: v for k, v in TOOL.items() if k != "special"}},
     },
+    "names of transformers' own key": {
+        "tokenizer_config.json": NAMED | FAST | {"model_specific_special_tokens": {"image_token": "<image>"}}
+    },
+    "extra in two files": {
+        "tokenizer_config.json": NAMED | FAST | {"extra_special_tokens": ["<tool>"]},
+        "special_tokens_map.json": {"extra_special_tokens": ["<think>"]},
+    },
+    "additional in two files": {
+        "tokenizer_config.json": NAMED | FAST | {"additional_special_tokens": ["<tool>"]},
+        "special_tokens_map.json": {"additional_special_tokens": ["<think>"]},
+    },
+    "flags of a named object": {
+        "tokenizer_config.json": NAMED | FAST | {"eos_token": TOOL | {"lstrip": True, "__type": "AddedToken"}}
+    },
+    "flags of an additional object": {
+        "tokenizer_config.json": NAMED
+        | FAST
+        | {"additional_special_tokens": [TOOL | {"rstrip": True, "__type": "AddedToken"}]}
+    },
+    "flags in the map": {
+        "tokenizer_config.json": NAMED | FAST,
+        "special_tokens_map.json": {"sep_token": {"content": "<tool>", "lstrip": True, "rstrip": False}},
+    },
+    "a named token that was not special": {
+        "tokenizer_config.json": NAMED | FAST | {"pad_token": "<tool>"},
+        "added tokens": TOOL | {"id": 300, "special": False},
+    },
+    "an extra token that was not special": {
+        "tokenizer_config.json": NAMED | FAST | {"extra_special_tokens": ["<tool>"]},
+        "added tokens": TOOL | {"id": 300, "special": False},
+    },
+    "special in one file alone": {
+        "tokenizer_config.json": NAMED | FAST | {"added_tokens_decoder": {"300": TOOL | {"special": False}}},
+        "added tokens": TOOL | {"id": 300},
+    },
+    "empty": {"tokenizer_config.json": NAMED | FAST | {"pad_token": "", "sep_token": ""}},
     "map beside a decoder": {
         "tokenizer_config.json": FAST | {"eos_token": "<|endoftext|>", "added_tokens_decoder": {}},
         "special_tokens_map.json": NAMED,
@@ -71,6 +107,10 @@ FOLDERS = {
 
 
 def folder(path, files, **more):
+    files = dict(files)
+    if token := files.pop("added tokens", None):
+        spec = json.loads(published.tokenizer_json())
+        files["tokenizer.json"] = spec | {"added_tokens": [*spec["added_tokens"], token]}
     return published.folder(path, files, rows=SIZE + 4, **more)
 
 
@@ -79,7 +119,7 @@ def test_a_folder_as_in_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     place = folder(tmp_path / "hf", FOLDERS[name], bos_token_id=None, eos_token_id=None, pad_token_id=None)
     theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(place), weights.read(place)
-    texts = {name: str(text) for name, text in theirs.special_tokens_map.items()}
+    texts = {name: str(text) for name, text in theirs.special_tokens_map.items() if str(text)}
     assert special_tokens.seen(ours.files, ours.config, ours.tokenizer) == texts
     for text in (TEXT, "a<tool>b<think> <image> c", "  <reponame>  x <tool>  y", "the theme"):
         assert ours.tokenizer.encode(text).ids == theirs(text)["input_ids"]
@@ -167,13 +207,14 @@ def test_add_bos_token_of_a_folder(says, adds, tmp_path, caplog):
         ({"added_tokens_decoder": {"300": "<tool>"}}, "has the added token <tool>, expected an object with"),
         ({"added_tokens_decoder": {"x": TOOL}}, "an added token of the id 'x', expected a whole number"),
         ({"added_tokens_decoder": [TOOL]}, "has added tokens [{"),
+        ({"split_special_tokens": True}, "says split_special_tokens, by which a template's own tokens are cut up"),
         ({"eos_token": 2}, "eos_token is 2, expected a token's text"),
         ({"eos_token": {"content": None}}, "eos_token is None, expected a token's text"),
         ({"extra_special_tokens": ["a", 3]}, "a special token is 3, expected a token's text"),
         ({"extra_special_tokens": "<a>"}, "has extra special tokens <a>, expected at most"),
         ({"extra_special_tokens": [f"<{i}>" for i in range(5)]}, "the token '<4>' was added without a row"),
     ],
-    ids=range(10),
+    ids=range(11),
 )  # fmt: skip
 def test_what_is_refused_by_name(settings, words, tmp_path):
     place = folder(tmp_path / "a", {"tokenizer_config.json": NAMED | FAST | settings})
@@ -324,6 +365,27 @@ def test_the_template_s_end_of_turn(template, tmp_path, caplog):
     with Renderer(loaded) as renderer:
         assert set(generate.ending(args, loaded, renderer)) == STOPS[template]
     assert generate.ending(args, loaded, None) == (7,)
+
+
+def test_the_end_of_turn_of_a_second_template(tmp_path):
+    files = {"chat_template.jinja": "{{ messages[-1].content }}", "tokenizer_config.json": NAMED | FAST}
+    files["additional_chat_templates/tool_use.jinja"] = (
+        "{{ tools }}{% for m in messages %}{{ m.content }}<file_sep>{% endfor %}"
+    )
+    loaded = weights.read(folder(tmp_path / "a", files, template=None))
+    with Renderer(loaded) as renderer:
+        assert renderer.turn_ends() == (5,)
+
+
+def test_what_a_conversion_loses_is_said(tmp_path, capsys, caplog):
+    """Names that GGUF has no key for; and what llama.cpp alone takes for the end of a generation."""
+    place = folder(tmp_path / "a", FOLDERS["a name of its own"])
+    convert.main([str(place), str(tmp_path / "b"), "--to", "gguf", "--verify"])
+    assert "GGUF has no key for image_token, so a chat template there sees none" in caplog.text
+    assert "llama.cpp also ends" not in capsys.readouterr().err
+    convert.main([str(tmp_path / "b"), str(tmp_path / "c"), "--to", "hf"])
+    said = capsys.readouterr().err
+    assert "llama.cpp also ends a text of" in said and "<|endoftext|> (0), <reponame> (4)" in said
 
 
 def test_an_answer_ends_there(tmp_path, capsys):
