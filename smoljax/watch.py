@@ -46,10 +46,10 @@ class Stop:
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
             self.wakeup = signal.set_wakeup_fd(self.pipe[1])
+            self.heard = [s for s in ASKING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
             self.thread = threading.Thread(target=self.listen, name="signals", daemon=True)
             self.thread.start()
-            heard = [s for s in ASKING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
-            self.before = {s: signal.signal(s, lambda *_: None) for s in heard}
+            self.before = {s: signal.signal(s, lambda *_: None) for s in self.heard}
         return self
 
     def __exit__(self, *_):
@@ -66,7 +66,7 @@ class Stop:
 
     def listen(self):
         while number := os.read(self.pipe[0], 1)[0]:
-            if number in self.before:
+            if number in self.heard:
                 self.hear(number)
 
     def hear(self, number: int):
