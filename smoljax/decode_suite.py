@@ -13,7 +13,7 @@ from smoljax.decode_measure import DTYPES, Generation, arithmetic, bandwidth, ra
 from smoljax.engine import usual_cache
 from smoljax.layout import GROUPS, WAYS, seconds
 from smoljax.model import SmolLM
-from smoljax.quantize import MATRICES, quantize
+from smoljax.quantize import quantize
 
 LONG = 960  # a context whose rounds still fit into 1,024 places
 
@@ -80,18 +80,16 @@ def layout(model: SmolLM):
     """Every way to multiply with the model's matrices, those beside each other as one, as layout.py times them."""
     for kind in WAYS:
         whole = quantize(model, embedding=True) if kind == "int8" else model
-        layers = [jax.tree.map(lambda w, i=i: w[i], whole.layers) for i in range(model.config.num_hidden_layers)]
-        products = {"head": ((-1,), [[whole.embed]])}
-        for names in GROUPS:
-            products["/".join(names)] = MATRICES[names[0]], [[getattr(b, name) for name in names] for b in layers]
-        for what, (axes, groups) in products.items():
+        products = {("head",): (whole.embed,)}
+        products |= {names: tuple(getattr(whole.layers, name) for name in names) for names in GROUPS}
+        for names, weights in products.items():
             for rows in (1, 2, 8, 64):
-                yield f"{what}, {rows} rows, {kind}", ways(groups, axes, kind, rows)
+                yield f"{'/'.join(names)}, {rows} rows, {kind}", ways(names, weights, kind, rows)
 
 
-def ways(groups: list[list], axes, kind: str, rows: int):
+def ways(names: tuple[str, ...], weights: tuple, kind: str, rows: int):
     def row() -> dict:
-        times = {way: 1e3 * seconds(groups, axes, arithmetic(kind), way, rows) for way in WAYS[kind]}
+        times = {way: 1e3 * seconds(names, weights, arithmetic(kind), way, rows) for way in WAYS[kind]}
         return {f"{way}_ms": ms for way, ms in times.items()} | {"best": min(times, key=times.get)}
 
     return row

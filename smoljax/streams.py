@@ -70,7 +70,7 @@ def text(fd: int, said: str, before: io.TextIOWrapper | None, forgiving: bool) -
     if before is not None:
         before.flush()
     raw = Stream(fd, said, forgiving)
-    lines = before.line_buffering if before is not None else forgiving
+    lines = forgiving or (before is not None and before.line_buffering)  # what stderr says is said at once
     encoding = before.encoding if before is not None else "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines)
 

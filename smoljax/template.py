@@ -220,4 +220,3 @@ def describe(e: BaseException) -> str:
     words = str(e.message) if kind is TemplateSyntaxError else str(e)
     words = "".join(c if c.isprintable() else " " for c in words[:300])
     return kinds.get(kind, f"fails ({kind.__name__}: {{}})").replace("{}", words)
-

@@ -1,20 +1,25 @@
 """Shards: one stream over many files, borders from the index, and every kind of damage named."""
 
+import hashlib
 import json
 import logging
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from smoljax.errors import DataError
 from smoljax.shards import Shards
-from smoljax.tokenizer import sha256
 
 DOCUMENTS = [[3, 5, 1], [4], [2, 0, 9, 9]], [[7] * 10, [8, 1]], [[6, 6, 0, 6, 0]]  # three files; 0 is the EOS
 STREAM = [token for file in DOCUMENTS for document in file for token in document]
 BORDERS = [number for number, document in enumerate((d for file in DOCUMENTS for d in file), 1) for _ in document]
+
+
+def sha256(file) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def write_shards(folder, dtype="<u2", manifest=True):
