@@ -4,8 +4,6 @@ The host gives the device a fixed number of rounds at a time, and reads what cam
 Lengths are padded to powers of two, so that a million prompts share a few compiled programs.
 """
 
-import contextlib
-import threading
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -82,7 +80,6 @@ class Engine:
         self.memory = budget.device_memory(self.device)
         self.stopped = False  # by another thread: then a run ends behind its next rounds
         self.at_work = False
-        self.compiling, self.compiled = None, set()  # a thread; (places, rounds) of programs that it began
 
     def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion | None]]:
         """(the request's number, what it gave), as rows end. Requests are checked, and taken, as slots come free.
@@ -101,7 +98,6 @@ class Engine:
                     self.advance()
                     yield from self.finished()
         finally:
-            self.wait()
             self.at_work, self.state = False, None  # the cache is the largest of what is here
 
     def finished(self):
@@ -141,7 +137,6 @@ class Engine:
         return any(self.rows) or bool(self.passed)
 
     def begin(self, T: int, group: list[Row], slots: list[int], size: int):
-        self.compile_ahead()
         prompts = [row.request.prompt for row in group]
         lengths = np.ones(size, np.int32)
         lengths[: len(group)] = [len(prompt) for prompt in prompts]
@@ -182,52 +177,15 @@ class Engine:
                 row.prompt_logprobs = [at(read, (i, j)) for j in range(lengths[i] - 1)]
             row.take(new[i : i + 1].tolist(), None if found is None else [part[i : i + 1] for part in found], self.eos)
 
-    def compile_ahead(self):
-        """Begin to compile the rounds that come next, in a thread, while the prompts' own program is compiled.
-
-        Of the 135M's first answer on 2 cores, that is 2 of 7 s. JAX finds the program when the rounds are asked for.
-        """
-        rounds, places = self.rounds_ahead()
-        if rounds < 1 or places > self.places or (self.places, rounds) in self.compiled:
-            return
-        self.wait()
-        self.compiled.add((self.places, rounds))
-        placed = any(getattr(a, "committed", False) for a in jax.tree.leaves(self.model))
-        where, default = (
-            jax.sharding.SingleDeviceSharding(self.device) if placed else None,
-            jax.config.jax_default_device,
-        )
-        state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), self.state)
-        args = (self.model, self.draft, state, rounds, self.drafts, self.sampling, self.eos)
-
-        def work():
-            with contextlib.suppress(Exception), jax.default_device(default) if default else contextlib.nullcontext():
-                decode.advance.lower(*args).compile()  # what goes wrong is said when the rounds are asked for
-
-        self.compiling = threading.Thread(target=work, name="compile")
-        self.compiling.start()
-
-    def wait(self):
-        """For the thread that compiles: one that is within JAX as Python goes away would abort the process."""
-        if self.compiling:
-            self.compiling.join()
-            self.compiling = None
-
-    def rounds_ahead(self) -> tuple[int, int]:
-        """How many rounds the device computes next, and the places that all rows need for them."""
-        rows = [row for row in self.rows if row]
-        # By what rows may have in all, not by what is left: else a job's end would compile a program of its own.
-        needed = max(row.request.max_new_tokens for row in rows) - 1
-        rounds = min(self.rounds, bucket(needed, 1)) if needed else 0
-        most = rounds * (1 + self.drafts)
-        places = max(len(r.request.prompt) + min(len(r.tokens) + most, r.request.max_new_tokens) for r in rows)
-        return rounds, places
-
     def advance(self):
         """Rounds for all slots, and what came of them to the rows."""
-        rounds, places = self.rounds_ahead()
-        self.resize(places)
-        self.wait()
+        # By what rows may have in all, not by what is left: else a job's end would compile a program of its own.
+        needed = max(row.request.max_new_tokens for row in self.rows if row) - 1
+        rounds = min(self.rounds, bucket(needed, 1))
+        most = rounds * (1 + self.drafts)
+        self.resize(
+            max(len(r.request.prompt) + min(len(r.tokens) + most, r.request.max_new_tokens) for r in self.rows if r)
+        )
         self.state, tokens, found = decode.advance(
             self.model, self.draft, self.state, rounds, self.drafts, self.sampling, self.eos
         )

@@ -364,20 +364,6 @@ def test_few_programs_for_1000_prompts():
     assert begin <= 2 * 2 * len(lengths) and advance <= 2 and fitted <= 2 * 2 and extend == 0
 
 
-@pytest.mark.parametrize("device", [None, 1])
-def test_the_rounds_are_compiled_ahead(device, caplog):
-    """In a thread, while the prompts' program is compiled here: JAX finds it there, so that here it is not compiled."""
-    config = dataclasses.replace(SHALLOW, rms_norm_eps=2e-6 + 1e-7 * (device or 0))  # no other test's programs
-    small = lay_out(make(config), "float32", 2)
-    with jax.log_compiles(), caplog.at_level("WARNING"):  # of this thread
-        engine = Engine(small, 2, eos=(), device=device and jax.local_devices()[device])
-        rows = results(engine, [Request(prompt(5, i), 9) for i in range(5)])
-    assert [len(row.tokens) for row in rows] == [9] * 5
-    said = [re.search(r"Finished XLA compilation of jit\((\w+)\)", line) for line in caplog.messages]
-    names = [match[1] for match in said if match]
-    assert "begin" in names and "advance" not in names
-
-
 @pytest.mark.parametrize(
     "slots, cache, drafts", [(1, "float32", 0), (3, "float32", 0), (3, "int8", 0), (2, "float32", 3)]
 )
